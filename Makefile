@@ -1,0 +1,57 @@
+# make demo    fuse a real model and show what it gains
+# make test    the tests; `make test-all` adds the slow ones
+# make bench   measure the model set against onnxruntime
+# make lint    format, lint and type checks
+# make clean   remove what builds, tests and tools leave; .venv stays
+#
+# Each makes what it needs in .venv first. PYTHON names another interpreter than python3.
+
+PYTHON ?= python3
+DEMO_MODEL ?= ppocr_cls
+DEMO_ARGS ?= --shape x:1,3,48,192
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all bench lint clean
+
+demo: $(INSTALLED)
+	@mkdir -p build/demo
+	@model=$$($(BIN)/python -c 'import models; print(models.path("$(DEMO_MODEL)"))') && \
+	$(BIN)/apollo-fuse "$$model" $(DEMO_ARGS) -o build/demo/$(DEMO_MODEL).fused.onnx \
+	--json build/demo/$(DEMO_MODEL).json
+
+test: $(INSTALLED)
+	$(BIN)/pytest -n auto -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)
+	$(BIN)/pytest -n auto $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist apollo_fuse.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The ziglang package brings a C compiler to machines that have none.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "make: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	{ echo "make: $(PYTHON) cannot make a virtual environment; install its venv module" >&2; exit 1; }
+	@extras=dev; \
+	if ! { [ -n "$${CC:-}" ] || command -v gcc || command -v clang || command -v cc; } >/dev/null; \
+	then extras=dev,cc; fi; \
+	echo "installing apollo-fuse [$$extras] into $(VENV)"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$$extras]"
+	@touch $@
