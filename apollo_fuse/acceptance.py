@@ -1,0 +1,152 @@
+"""Decides which kernels stay: each distinct one is verified and measured against onnxruntime, in its context.
+
+A kernel's context is the convolutions right before and after it: onnxruntime runs those in a blocked
+layout when it can, and what a kernel costs includes the change of layout that it causes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from apollo_fuse.graph import Pattern
+from apollo_fuse.measure import interleaved, session_options
+from apollo_fuse.options import Options
+from apollo_fuse.partition import Candidate
+from apollo_fuse.region import Interface, extract, region_inputs, swap
+from apollo_fuse.tolerance import Array
+from apollo_fuse.verify import Verdict, edge_case, verify
+
+_CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
+WINS = 0.97  # share of the unfused time that a kernel has to stay below
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What was found of a distinct kernel; times in seconds, None where it was not measured."""
+
+    verdict: Verdict
+    edges: Verdict
+    unfused: float | None
+    fused: float | None
+    reason: str  # why it is left out; empty when it stays
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reason
+
+
+def context(candidate: Candidate) -> tuple[ir.Node, ...]:
+    """The kernel's nodes and the neighbouring convolutions, in topological order."""
+    own = set(candidate.part.nodes)
+    before = {v.producer() for v in candidate.part.inputs}
+    after = {user for v in candidate.part.outputs for user, _ in v.uses()}
+    graph = candidate.part.nodes[0].graph
+    around = {n for n in before | after if n is not None and n.op_type in _CONTEXT and n.graph is graph} - own
+    wanted = own | around
+    assert isinstance(graph, ir.Graph)
+    return tuple(node for node in graph if node in wanted)
+
+
+def needed_values(candidates: Sequence[Candidate]) -> dict[str, ir.Value]:
+    """The values to capture from a run, so that every candidate can run on its own, by name."""
+    found: dict[str, ir.Value] = {}
+    for candidate in candidates:
+        for value in region_inputs(context(candidate)):
+            found[value.name or ""] = value
+        for value in candidate.part.inputs:
+            if value.const_value is None:
+                found[value.name or ""] = value
+    return found
+
+
+def judge(
+    candidate: Candidate,
+    opsets: Mapping[str, int],
+    arrays: Mapping[str, Array],
+    library: Path,
+    options: Options,
+    threads: int,
+) -> Judgement:
+    """Verifies the kernel alone, on captured and edge inputs, then measures it with its context."""
+    alone = _Region(candidate, candidate.part.nodes, opsets, library, threads)
+    feeds = alone.feeds(arrays)
+    verdict = verify(alone.unfused, alone.fused, [feeds])
+    edges = verdict
+    if verdict.passed:
+        sparse = candidate.micro_graph.pattern >= Pattern.REDUCTION
+        edges = verify(alone.unfused, alone.fused, [edge_case(feeds, options.seed, sparse)])
+    if not verdict.passed:
+        return Judgement(verdict, edges, None, None, f"does not verify: {verdict.problem}")
+    nodes = context(candidate)
+    region = (
+        alone
+        if len(nodes) == len(candidate.part.nodes)
+        else _Region(candidate, nodes, opsets, library, threads)
+    )
+    feeds = region.feeds(arrays)
+    unfused, fused = interleaved([region.unfused, region.fused], feeds, seconds=options.measure_seconds * 2)
+    slower = fused.median > WINS * unfused.median or fused.minimum > WINS * unfused.minimum
+    reason = "not faster than onnxruntime" if slower else ""
+    return Judgement(verdict, edges, unfused.minimum, fused.minimum, reason)
+
+
+class _Region:
+    """A sub-graph as two sessions: as onnxruntime runs it, and with the candidate's kernel in it."""
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        nodes: Sequence[ir.Node],
+        opsets: Mapping[str, int],
+        library: Path,
+        threads: int,
+    ) -> None:
+        inside = set(nodes)
+        self._inputs = region_inputs(nodes)
+        own = set(candidate.part.outputs)
+        outputs = [
+            v
+            for node in nodes
+            for v in node.outputs
+            if v in own or (node not in candidate.part.nodes and not all(u in inside for u, _ in v.uses()))
+        ]
+        outputs = [
+            v
+            for v in outputs
+            if v.is_graph_output() or not v.uses() or any(u not in inside for u, _ in v.uses())
+        ] or outputs
+        self.unfused = _session(extract(nodes, opsets, outputs), threads, None)
+        fused = extract(nodes, opsets, outputs)
+        swap(fused, _inside(fused, candidate, nodes), candidate.name)
+        self.fused = _session(fused, threads, library)
+
+    def feeds(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return {f"x{n}": arrays[v.name or ""] for n, v in enumerate(self._inputs)}
+
+
+def _inside(model: ir.Model, candidate: Candidate, nodes: Sequence[ir.Node]) -> Interface:
+    """The candidate's interface in terms of the copies that `extract` made."""
+    copies = dict(zip(nodes, model.graph, strict=True))
+    values: dict[ir.Value, ir.Value] = {}
+    for old, new in copies.items():
+        for a, b in zip((*old.inputs, *old.outputs), (*new.inputs, *new.outputs), strict=True):
+            if a is not None and b is not None:
+                values[a] = b
+    return Interface(
+        tuple(copies[n] for n in candidate.part.nodes),
+        tuple(values[v] for v in candidate.part.inputs),
+        tuple(values[v] for v in candidate.part.outputs),
+    )
+
+
+def _session(model: ir.Model, threads: int, library: Path | None) -> ort.InferenceSession:
+    options = session_options(threads)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    proto = ir.to_proto(model)
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,105 @@
+"""The graph the partitioner works on: ONNX nodes opened into primitives over typed, symbolic tensors.
+
+A `Primitive` is one tensor defined point by point over its index space, in the manner of tensor
+expressions: elementwise operators, broadcasts, views, reductions and contractions all have this
+one form and differ only in their access maps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import onnx_ir as ir
+
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Block, Reduction
+from apollo_fuse.index import Index, Iterator
+
+Shape = tuple[Index, ...]
+
+
+class Pattern(IntEnum):
+    """What an operator does with its index space; a group has the greatest pattern of its members."""
+
+    RESHAPE = 0  # a view: moves no data by itself
+    ELEMENTWISE = 1
+    BROADCAST = 2
+    INJECTIVE = 3  # transposes, slices, concatenations, gathers: affine or indirect reads
+    REDUCTION = 4
+    CONTRACTION = 5  # compute-bound; not fused yet
+    OPAQUE = 6  # left to onnxruntime
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor; `name` is unique within the graph, row-major, no strides."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype.value}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Primitive:
+    """``output[indices] = block`` for all `iterators`, combined over those of the reduction.
+
+    An output that several primitives define (a concatenation) is written in parts.
+    """
+
+    output: Value
+    iterators: tuple[Iterator, ...]
+    indices: tuple[Index, ...]
+    reduction: Reduction | None
+    block: Block
+    pattern: Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """An ONNX node opened into primitives; the unit that the partitioner moves, and swaps back whole."""
+
+    position: int  # place in topological order
+    op_type: str
+    inputs: tuple[Value, ...]  # tensors the primitives read; scalar constants are part of the blocks
+    outputs: tuple[Value, ...]
+    primitives: tuple[Primitive, ...]
+    node: ir.Node
+
+    @property
+    def pattern(self) -> Pattern:
+        return max(primitive.pattern for primitive in self.primitives)
+
+    @property
+    def cost(self) -> int:
+        return sum(primitive.block.cost for primitive in self.primitives)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroGraph:
+    """A convex set of operators that is to become one kernel."""
+
+    operators: tuple[Operator, ...]  # in topological order
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    @property
+    def pattern(self) -> Pattern:
+        return max(operator.pattern for operator in self.operators)
+
+    @property
+    def primitives(self) -> tuple[Primitive, ...]:
+        return tuple(p for operator in self.operators for p in operator.primitives)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a step could not be taken. The same value is the feedback, the explanation and the report."""
+
+    nodes: tuple[str, ...]
+    rule: str
+    reason: str
+    evidence: str = ""

@@ -1,0 +1,318 @@
+"""Integer index arithmetic: polynomials over extents and loop iterators, closed under floor division.
+
+Shapes, strides, offsets and access maps are all values of one type, `Index`: a sum of integer
+multiples of monomials over atoms.  Equal polynomials are equal values, so "these two extents are
+the same" is a comparison, and ``(i // w) * w + i % w`` cancels to ``i`` because a remainder is
+never stored, only ``i - w * (i // w)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias, Union
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """An extent that is known at run time only; at least 0."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Iterator:
+    """A loop iterator, ``0 <= iterator < extent``. Names are unique within a kernel."""
+
+    name: str
+    extent: Index
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Quotient:
+    """``floor(numerator / divisor)`` that no rule could simplify."""
+
+    numerator: Index
+    divisor: Index
+
+    def __str__(self) -> str:
+        return f"floord({self.numerator}, {self.divisor})"
+
+
+@dataclass(frozen=True, slots=True)
+class Indirect:
+    """An index read from an integer tensor; negative values count from the end of `extent`."""
+
+    tensor: str
+    indices: tuple[Index, ...]
+    extent: Index
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{', '.join(map(str, self.indices))}]"
+
+
+Atom: TypeAlias = Symbol | Iterator | Quotient | Indirect
+Monomial: TypeAlias = tuple[Atom, ...]
+IndexLike: TypeAlias = Union["Index", int]
+
+
+def _order(monomial: Monomial) -> tuple[int, str]:
+    return (-len(monomial), "*".join(map(str, monomial)))
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """A polynomial with integer coefficients; `terms` is canonical: sorted, no zero coefficients."""
+
+    terms: tuple[tuple[Monomial, int], ...]
+
+    @staticmethod
+    def of(value: IndexLike | Atom) -> Index:
+        if isinstance(value, Index):
+            return value
+        if isinstance(value, int):
+            return Index(()) if value == 0 else Index((((), value),))
+        return Index((((value,), 1),))
+
+    @staticmethod
+    def _collect(terms: Iterable[tuple[Monomial, int]]) -> Index:
+        total: dict[Monomial, int] = {}
+        for monomial, coefficient in terms:
+            total[monomial] = total.get(monomial, 0) + coefficient
+        kept = [item for item in total.items() if item[1] != 0]
+        kept.sort(key=lambda item: _order(item[0]))
+        return Index(tuple(kept))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.terms)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and self._hash == other._hash and self.terms == other.terms
+
+    @property
+    def constant(self) -> int | None:
+        """The value when the polynomial is a number, else None."""
+        if not self.terms:
+            return 0
+        if len(self.terms) == 1 and not self.terms[0][0]:
+            return self.terms[0][1]
+        return None
+
+    @property
+    def is_zero(self) -> bool:
+        return not self.terms
+
+    @property
+    def is_one(self) -> bool:
+        return self.constant == 1
+
+    def __add__(self, other: IndexLike) -> Index:
+        return Index._collect((*self.terms, *Index.of(other).terms))
+
+    def __neg__(self) -> Index:
+        return Index(tuple((monomial, -coefficient) for monomial, coefficient in self.terms))
+
+    def __sub__(self, other: IndexLike) -> Index:
+        return self + -Index.of(other)
+
+    def __mul__(self, other: IndexLike) -> Index:
+        right = Index.of(other)
+        return Index._collect(
+            (tuple(sorted(a + b, key=str)), x * y) for a, x in self.terms for b, y in right.terms
+        )
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __rsub__(self, other: IndexLike) -> Index:
+        return Index.of(other) - self
+
+    def __floordiv__(self, other: IndexLike) -> Index:
+        divisor = Index.of(other)
+        if divisor.is_one:
+            return self
+        if self.constant is not None and divisor.constant:
+            return Index.of(self.constant // divisor.constant)
+        whole, rest = self.divide(divisor)
+        if rest.is_zero or _within(rest, divisor):
+            return whole
+        return whole + Index.of(Quotient(rest, divisor))
+
+    def __mod__(self, other: IndexLike) -> Index:
+        return self - (self // other) * other
+
+    def divide(self, divisor: Index) -> tuple[Index, Index]:
+        """``(q, r)`` with ``self == q * divisor + r``: the terms that divide exactly, and the rest."""
+        if len(divisor.terms) != 1:
+            return (Index.of(1), Index.of(0)) if self == divisor else (Index.of(0), self)
+        (by, factor) = divisor.terms[0]
+        whole: list[tuple[Monomial, int]] = []
+        rest: list[tuple[Monomial, int]] = []
+        for monomial, coefficient in self.terms:
+            left = _remove(monomial, by)
+            if left is None:
+                rest.append((monomial, coefficient))
+            elif coefficient % factor == 0:
+                whole.append((left, coefficient // factor))
+            elif by:
+                rest.append((monomial, coefficient))
+            else:
+                whole.append((left, coefficient // factor))
+                rest.append((monomial, coefficient % factor))
+        return Index._collect(whole), Index._collect(rest)
+
+    def exact_quotient(self, divisor: Index) -> Index | None:
+        """``self / divisor`` when it divides without a rest for all values, else None."""
+        if divisor.is_zero:
+            return None
+        whole, rest = self.divide(divisor)
+        return whole if rest.is_zero else None
+
+    def atoms(self) -> frozenset[Atom]:
+        """Every atom, those inside quotients and indirect reads too."""
+        found: set[Atom] = set()
+        for monomial, _ in self.terms:
+            for atom in monomial:
+                found.add(atom)
+                if isinstance(atom, Quotient):
+                    found |= atom.numerator.atoms() | atom.divisor.atoms()
+                elif isinstance(atom, Indirect):
+                    for index in atom.indices:
+                        found |= index.atoms()
+        return frozenset(found)
+
+    def iterators(self) -> frozenset[Iterator]:
+        return frozenset(atom for atom in self.atoms() if isinstance(atom, Iterator))
+
+    def symbols(self) -> frozenset[Symbol]:
+        return frozenset(atom for atom in self.atoms() if isinstance(atom, Symbol))
+
+    def coefficient(self, atom: Atom) -> Index | None:
+        """The factor of `atom` where the polynomial is linear in it, else None."""
+        linear: list[tuple[Monomial, int]] = []
+        for monomial, coefficient in self.terms:
+            if monomial.count(atom) == 1:
+                linear.append((tuple(a for a in monomial if a != atom), coefficient))
+            elif atom in monomial:
+                return None
+        factor = Index._collect(linear)
+        rest = self - factor * Index.of(atom)
+        return None if atom in rest.atoms() or atom in factor.atoms() else factor
+
+    def substitute(self, values: Mapping[Atom, Index]) -> Index:
+        """Replaces atoms by polynomials, and simplifies again."""
+        if not values or not self.terms:
+            return self
+        return self.rewrite(lambda atom: values.get(atom))
+
+    def rewrite(self, replace: Callable[[Atom], Index | None]) -> Index:
+        """Rebuilds the polynomial with `replace(atom)` for each atom where that is not None."""
+        total = Index.of(0)
+        for monomial, coefficient in self.terms:
+            product = Index.of(coefficient)
+            for atom in monomial:
+                product = product * _rewrite_atom(atom, replace)
+            total = total + product
+        return total
+
+    def __str__(self) -> str:
+        if not self.terms:
+            return "0"
+        pieces: list[str] = []
+        for monomial, coefficient in self.terms:
+            factors = [str(atom) for atom in monomial]
+            size = abs(coefficient)
+            if size != 1 or not factors:
+                factors.insert(0, str(size))
+            sign = "-" if coefficient < 0 else "+"
+            pieces.append(f"{sign} {'*'.join(factors)}")
+        text = " ".join(pieces)
+        return text[2:] if text.startswith("+ ") else "-" + text[2:]
+
+    __repr__ = __str__
+
+
+ZERO = Index.of(0)
+ONE = Index.of(1)
+
+
+def product(factors: Iterable[Index]) -> Index:
+    return math.prod(factors, start=ONE)
+
+
+def linearise(indices: tuple[Index, ...], shape: tuple[Index, ...]) -> Index:
+    """The row-major offset of an element, in elements."""
+    offset = ZERO
+    for index, extent in zip(indices, shape, strict=True):
+        offset = offset * extent + index
+    return offset
+
+
+def delinearise(offset: Index, shape: tuple[Index, ...]) -> tuple[Index, ...]:
+    """The indices of the element at a row-major offset that lies within the shape."""
+    indices: list[Index] = []
+    for extent in reversed(shape[1:]):
+        quotient = offset // extent
+        indices.append(offset - quotient * extent)
+        offset = quotient
+    return (*((offset,) if shape else ()), *reversed(indices))
+
+
+def non_negative(value: Index) -> bool:
+    """True when the polynomial is >= 0 for every value its atoms can take."""
+    return _least(value) is not None
+
+
+def _least(value: Index) -> Index | None:
+    """`value` with each iterator at the end of its range that makes the value least, if that is >= 0."""
+    for iterator in sorted(value.iterators(), key=str):
+        factor = value.coefficient(iterator)
+        if factor is None:
+            return None
+        if all(c >= 0 for _, c in factor.terms):
+            value = value.substitute({iterator: ZERO})
+        elif all(c <= 0 for _, c in factor.terms):
+            value = value.substitute({iterator: iterator.extent - 1})
+        else:
+            return None
+    signs_known = all(c >= 0 and all(isinstance(a, (Symbol, Iterator)) for a in m) for m, c in value.terms)
+    return value if signs_known else None
+
+
+def _within(value: Index, extent: Index) -> bool:
+    return non_negative(value) and non_negative(extent - 1 - value)
+
+
+def _remove(monomial: Monomial, factor: Monomial) -> Monomial | None:
+    left = list(monomial)
+    for atom in factor:
+        if atom not in left:
+            return None
+        left.remove(atom)
+    return tuple(left)
+
+
+def _rewrite_atom(atom: Atom, replace: Callable[[Atom], Index | None]) -> Index:
+    found = replace(atom)
+    if found is not None:
+        return found
+    match atom:
+        case Symbol() | Iterator():
+            return Index.of(atom)
+        case Quotient(numerator, divisor):
+            return numerator.rewrite(replace) // divisor.rewrite(replace)
+        case Indirect(tensor, indices, extent):
+            rewritten = tuple(index.rewrite(replace) for index in indices)
+            return Index.of(Indirect(tensor, rewritten, extent.rewrite(replace)))

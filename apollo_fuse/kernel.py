@@ -1,0 +1,165 @@
+"""The kernel IR: a grid of parallel axes over loop nests, with buffers in scopes. Both emitters read it.
+
+All accesses are linear offsets into buffers.  Everything prints as text (`Kernel.__str__`), which
+is what golden tests compare and ``--dump`` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator as Generator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Block, Op
+from apollo_fuse.graph import Value
+from apollo_fuse.index import ONE, Index, Iterator
+from apollo_fuse.scop import Extent
+
+
+class Scope(Enum):
+    """Where a buffer lives: in registers, in on-chip memory of one block or thread, or in device memory."""
+
+    REGISTER = "register"
+    SHARED = "shared"
+    GLOBAL = "global"
+
+
+class LoopKind(Enum):
+    SEQUENTIAL = "for"
+    LANE = "lane"  # vectorised: SIMD lanes on a CPU, the threads of a block on a GPU
+    UNROLLED = "unrolled"
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """`size` elements; GLOBAL buffers are the kernel's inputs, outputs and temporaries."""
+
+    name: str
+    dtype: DType
+    size: Index
+    scope: Scope
+
+    def __str__(self) -> str:
+        return f"{self.scope.value} {self.name}: {self.dtype.value}[{self.size}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    buffer: str
+    offset: Index
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Evaluates a block and writes its value; with `combine`, into an accumulator."""
+
+    statement: str
+    block: Block
+    targets: tuple[Target, ...]
+    combine: Op | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Initialise:
+    """Sets an accumulator to the identity of `op`."""
+
+    target: Target
+    op: Op
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Moves an element, as when an accumulator becomes an output."""
+
+    source: Target
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """Over the iterator's extent; at most to `limit`, where a tile ends early at the end of an axis."""
+
+    iterator: Iterator
+    kind: LoopKind
+    body: tuple[Step, ...]
+    limit: Index | None = None
+
+
+Step: TypeAlias = Loop | Compute | Initialise | Copy
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    name: str
+    buffers: tuple[Buffer, ...]
+    grid: tuple[Iterator, ...]
+    body: tuple[Step, ...]
+
+    def buffer(self, name: str) -> Buffer:
+        return next(b for b in self.buffers if b.name == name)
+
+    @property
+    def items(self) -> Index:
+        """Work items of the whole grid."""
+        total = ONE
+        for axis in self.grid:
+            total = total * axis.extent
+        return total
+
+    def __str__(self) -> str:
+        lines = [f"kernel {self.name}"]
+        lines += [f"  {buffer}" for buffer in self.buffers]
+        lines += [f"  grid {axis} < {axis.extent}" for axis in self.grid]
+        for step in self.body:
+            lines += _lines(step, "  ")
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelGroup:
+    """What one custom op runs: kernels one after the other, over the same inputs and outputs."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    temporaries: tuple[Value, ...]
+    extents: tuple[Extent, ...]
+    kernels: tuple[Kernel, ...]
+
+    def __str__(self) -> str:
+        head = [
+            f"extent {e.symbol} = ({self.inputs[e.input].name}.shape[{e.axis}] - {e.rest}) / {e.divisor}"
+            for e in self.extents
+        ]
+        for role, values in (
+            ("input", self.inputs),
+            ("output", self.outputs),
+            ("temporary", self.temporaries),
+        ):
+            head += [f"{role} {value}" for value in values]
+        return "\n".join([*head, *map(str, self.kernels)])
+
+
+def walk(steps: tuple[Step, ...]) -> Generator[Step]:
+    """All steps, loops before what is in them."""
+    for step in steps:
+        yield step
+        if isinstance(step, Loop):
+            yield from walk(step.body)
+
+
+def _lines(step: Step, indent: str) -> list[str]:
+    match step:
+        case Loop(iterator, kind, body, limit):
+            end = str(iterator.extent) if limit is None else f"min({iterator.extent}, {limit})"
+            inner = [line for child in body for line in _lines(child, indent + "  ")]
+            return [f"{indent}{kind.value} {iterator} < {end}:", *inner]
+        case Initialise(target, op):
+            return [f"{indent}{target.buffer}[{target.offset}] = identity of {op.value}"]
+        case Copy(source, target):
+            return [f"{indent}{target.buffer}[{target.offset}] = {source.buffer}[{source.offset}]"]
+        case Compute(statement, block, targets, combine):
+            names = ", ".join(f"{t.buffer}[{t.offset}]" for t in targets)
+            head = f"{indent}{statement}: {names} {'' if combine is None else combine.value}="
+            return [head, *(f"{indent}  {line}" for line in str(block).splitlines())]

@@ -1,0 +1,158 @@
+"""Latency of onnxruntime sessions, measured in turn so that what the machine does hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+_SHORT = 50e-6
+"""A run under this many seconds is repeated inside one reading: reading the clock costs too much of it."""
+_READING = 400e-6
+"""Seconds that one reading of such a run takes, about."""
+_WARM_UP_RUNS = 2
+_WARM_UP_SHARE = 0.1
+_SEVERITY_ERROR = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Latency of one session in seconds a run, over `runs` readings."""
+
+    minimum: float
+    median: float
+    runs: int
+
+
+def session_options(threads: int, spinning: bool = False) -> ort.SessionOptions:
+    """Options with every optimisation of onnxruntime on and `threads` threads inside an operator.
+
+    Spinning pools of two sessions in one process take the cores from each other: leave it off
+    wherever sessions are compared in one process.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _SEVERITY_ERROR
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    return options
+
+
+def ort_value(array: np.ndarray) -> ort.OrtValue:
+    """The array as onnxruntime takes it, bfloat16 too, which numpy cannot name to it."""
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)
+    if contiguous.dtype == ml_dtypes.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, onnx.TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(contiguous)
+
+
+def interleaved(
+    sessions: Sequence[ort.InferenceSession],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    seconds: float,
+    minimum_runs: int = 5,
+    maximum_runs: int = 10_000,
+) -> list[Timing]:
+    """The timing of each session on the same inputs, read in turn: A B, B A, A B, ...
+
+    Inputs and outputs are bound, so that no copy of them is measured.  The rounds end after `seconds` for
+    all sessions together, yet not before `minimum_runs` readings of each and never after `maximum_runs`.
+    """
+    if not sessions:
+        raise ValueError("no session to measure")
+    if not 1 <= minimum_runs <= maximum_runs:
+        raise ValueError(
+            f"expected 1 <= minimum_runs <= maximum_runs, found {minimum_runs} and {maximum_runs}"
+        )
+    values = {name: ort_value(array) for name, array in feeds.items()}
+    runs = [_bound(session, values) for session in sessions]
+    with _no_garbage_collection():
+        shortest = min(_warm_up(run, seconds * _WARM_UP_SHARE / len(runs)) for run in runs)
+        repeats = round(_READING / max(shortest, 1e-6)) if shortest < _SHORT else 1
+        readings: list[list[float]] = [[] for _ in runs]
+        order = list(range(len(runs)))
+        end = perf_counter() + seconds
+        while len(readings[0]) < minimum_runs or (len(readings[0]) < maximum_runs and perf_counter() < end):
+            for position in order:
+                readings[position].append(_reading(runs[position], repeats))
+            order.reverse()
+    return [Timing(min(times), statistics.median(times), len(times)) for times in readings]
+
+
+def noise(
+    session_factory: Callable[[], ort.InferenceSession],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    seconds: float,
+    minimum_runs: int = 5,
+    maximum_runs: int = 10_000,
+) -> float:
+    """How far a model seems to be from itself: the larger over the smaller least time, 1.0 at best.
+
+    A speed-up within this figure says nothing.
+    """
+    one, other = interleaved(
+        [session_factory(), session_factory()],
+        feeds,
+        seconds=seconds,
+        minimum_runs=minimum_runs,
+        maximum_runs=maximum_runs,
+    )
+    return max(one.minimum, other.minimum) / min(one.minimum, other.minimum)
+
+
+def _bound(session: ort.InferenceSession, values: Mapping[str, ort.OrtValue]) -> Callable[[], None]:
+    """One run of the session with the inputs it has in place and its outputs left where they are made."""
+    binding = session.io_binding()
+    for argument in session.get_inputs():
+        if argument.name not in values:
+            raise ValueError(f"no value for input {argument.name!r}, only for {sorted(values)}")
+        binding.bind_ortvalue_input(argument.name, values[argument.name])
+    for argument in session.get_outputs():
+        binding.bind_output(argument.name, "cpu")
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+
+    return run
+
+
+def _warm_up(run: Callable[[], None], seconds: float) -> float:
+    """Runs until the first-run costs are paid; the least seconds of a run."""
+    end = perf_counter() + seconds
+    least = float("inf")
+    done = 0
+    while done < _WARM_UP_RUNS or (perf_counter() < end and done < 10 * _WARM_UP_RUNS):
+        least = min(least, _reading(run, 1))
+        done += 1
+    return least
+
+
+def _reading(run: Callable[[], None], repeats: int) -> float:
+    """Seconds of a run, over `repeats` runs in a row."""
+    start = perf_counter()
+    for _ in range(repeats):
+        run()
+    return (perf_counter() - start) / repeats
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,10 @@
+"""What each ONNX operator means: one description each, as a tensor expression.
+
+To add an operator, write its description in the module it belongs to; docs/operators.md shows how.
+"""
+
+from apollo_fuse.operators import elementwise, movement, reductions
+from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
+from apollo_fuse.operators.registry import DESCRIPTIONS
+
+__all__ = ["DESCRIPTIONS", "Opener", "Tensor", "Unsupported", "elementwise", "movement", "reductions"]

@@ -1,0 +1,138 @@
+"""Operators that only move data: each is an access map from the result to the operand."""
+
+from __future__ import annotations
+
+from apollo_fuse.graph import Pattern
+from apollo_fuse.index import ONE, ZERO, Index, Indirect, product
+from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
+from apollo_fuse.operators.registry import operator
+
+
+@operator("Reshape")
+def reshape(o: Opener) -> Tensor:
+    """The result's shape is the one that shape inference proved."""
+    return o.tensor(0).reshape(o.output_shape())
+
+
+@operator("Flatten")
+def flatten(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    axis = o.integer("axis", 1)
+    axis += len(x.shape) if axis < 0 else 0
+    return x.reshape((product(x.shape[:axis]), product(x.shape[axis:])))
+
+
+@operator("Unsqueeze")
+def unsqueeze(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    axes = o.integers(1, "axes")
+    if axes is None:
+        raise Unsupported("axes are missing")
+    rank = len(x.shape) + len(axes)
+    new = {o.axis(axis, rank) for axis in axes}
+    extents = iter(x.shape)
+    return x.reshape(tuple(ONE if axis in new else next(extents) for axis in range(rank)))
+
+
+@operator("Squeeze")
+def squeeze(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    axes = o.integers(1, "axes")
+    if axes is None:
+        return x.reshape(o.output_shape())
+    dropped = {o.axis(axis, len(x.shape)) for axis in axes}
+    for axis in dropped:
+        if not x.shape[axis].is_one:
+            raise Unsupported(f"cannot prove that the squeezed extent {x.shape[axis]} is 1")
+    return x.reshape(tuple(e for axis, e in enumerate(x.shape) if axis not in dropped))
+
+
+@operator("Transpose")
+def transpose(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    rank = len(x.shape)
+    permutation = o.integers(len(o.node.inputs), "perm") or tuple(reversed(range(rank)))
+    places = [permutation.index(axis) for axis in range(rank)]
+    shape = tuple(x.shape[axis] for axis in permutation)
+    return x.view(shape, lambda at: tuple(at[place] for place in places))
+
+
+@operator("Expand")
+def expand(o: Opener) -> Tensor:
+    x, shape = o.tensor(0), o.output_shape()
+    skipped = len(shape) - len(x.shape)
+    for found, wanted in zip(x.shape, shape[skipped:], strict=True):
+        if not found.is_one and found != wanted:
+            raise Unsupported(f"cannot prove that the extents {found} and {wanted} are equal")
+    source = x.shape
+    return x.view(
+        shape,
+        lambda at: tuple(ZERO if e.is_one else i for i, e in zip(at[skipped:], source, strict=True)),
+        Pattern.BROADCAST,
+    )
+
+
+@operator("Slice")
+def slice_(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    starts, ends = o.integers(1, "starts"), o.integers(2, "ends")
+    if starts is None or ends is None:
+        raise Unsupported("starts or ends are missing")
+    axes = o.integers(3, "axes") or tuple(range(len(starts)))
+    steps = o.integers(4, "steps") if o.has(4) else None
+    origin: list[Index] = [ZERO] * len(x.shape)
+    stride = [1] * len(x.shape)
+    shape = list(x.shape)
+    for place, axis in enumerate(axes):
+        axis = o.axis(axis, len(x.shape))
+        step = 1 if steps is None else steps[place]
+        known = x.shape[axis].constant
+        stride[axis] = step
+        if known is not None:  # clamped to the axis as the specification says, and as Python does
+            taken = range(known)[slice(starts[place], ends[place], step)]
+            origin[axis], shape[axis] = Index.of(taken.start), Index.of(len(taken))
+        else:
+            origin[axis], shape[axis] = _origin(x.shape[axis], starts[place], step), o.output_shape()[axis]
+    return x.view(
+        tuple(shape),
+        lambda at: tuple(i * step + start for i, step, start in zip(at, stride, origin, strict=True)),
+    )
+
+
+def _origin(extent: Index, start: int, step: int) -> Index:
+    """The first index of a slice along an axis whose extent is known at run time only."""
+    if step > 0 and start == 0:
+        return ZERO
+    if step < 0 and start == -1:
+        return extent - 1
+    raise Unsupported(f"a slice that starts at {start} along the dynamic extent {extent}")
+
+
+@operator("Concat")
+def concat(o: Opener) -> Tensor:
+    tensors = [o.tensor(place) for place in range(len(o.node.inputs))]
+    return o.concatenate(tensors, o.axis(o.integer("axis", 0), len(tensors[0].shape)))
+
+
+@operator("Gather")
+def gather(o: Opener) -> Tensor:
+    """Indices are read from memory; negative ones count from the end, as the specification says."""
+    x, indices = o.tensor(0), o.tensor(1)
+    axis = o.axis(o.integer("axis", 0), len(x.shape))
+    if not isinstance(indices.content, str):
+        known = int(indices.content.value)
+        extent = x.shape[axis]
+        place = Index.of(known) if known >= 0 else extent + known
+        shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+        rank = len(indices.shape)
+        return x.view(shape, lambda at: (*at[:axis], place, *at[axis + rank :]))
+    if not indices.dtype.is_integer:
+        raise Unsupported(f"indices of type {indices.dtype.value}")
+    name, rank, extent = indices.content, len(indices.shape), x.shape[axis]
+    shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+
+    def access(at: tuple[Index, ...]) -> tuple[Index, ...]:
+        chosen = Index.of(Indirect(name, at[axis : axis + rank], extent))
+        return (*at[:axis], chosen, *at[axis + rank :])
+
+    return x.view(shape, access)

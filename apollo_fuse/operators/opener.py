@@ -1,0 +1,358 @@
+"""Opens one ONNX node into primitives: the small tensor language that operators are described in.
+
+An operator's description is a function from an `Opener` to its result tensors.  It reads operands
+with `Opener.tensor`, combines them with Python operators and the methods of `Tensor`, and each step
+becomes one primitive; a description that meets a case it does not cover raises `Unsupported`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator as Generator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Apply, Block, BlockBuilder, Constant, Load, Op, Position, Reduction
+from apollo_fuse.graph import Pattern, Primitive, Shape, Value
+from apollo_fuse.index import ONE, ZERO, Index, Iterator, delinearise, linearise, product
+
+
+class Unsupported(Exception):
+    """A node that kernels do not cover; the message says which part of it."""
+
+
+Scalar: TypeAlias = "Tensor | float | int | bool"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the description: a value, or a constant that holds one number everywhere."""
+
+    opener: Opener
+    dtype: DType
+    shape: Shape
+    content: str | Constant
+
+    def __add__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.ADD, self, other)
+
+    def __radd__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.ADD, other, self)
+
+    def __sub__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.SUB, self, other)
+
+    def __rsub__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.SUB, other, self)
+
+    def __mul__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.MUL, self, other)
+
+    def __rmul__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.MUL, other, self)
+
+    def __truediv__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.DIV, self, other)
+
+    def __rtruediv__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.DIV, other, self)
+
+    def __neg__(self) -> Tensor:
+        return self.opener.apply(Op.NEG, self)
+
+    def __lt__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.LT, self, other)
+
+    def __le__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.LE, self, other)
+
+    def __gt__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.LT, other, self)
+
+    def __ge__(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.LE, other, self)
+
+    def equal(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.EQ, self, other)
+
+    def maximum(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.MAX, self, other)
+
+    def minimum(self, other: Scalar) -> Tensor:
+        return self.opener.apply(Op.MIN, self, other)
+
+    def call(self, op: Op) -> Tensor:
+        """A function of one argument."""
+        return self.opener.apply(op, self)
+
+    def select(self, then: Scalar, otherwise: Scalar) -> Tensor:
+        """``then`` where this (bool) tensor holds, ``otherwise`` elsewhere."""
+        return self.opener.apply(Op.SELECT, self, then, otherwise)
+
+    def cast(self, dtype: DType) -> Tensor:
+        return self if dtype is self.dtype else self.opener.cast(self, dtype)
+
+    def reduce(self, op: Op, axes: Sequence[int], keepdims: bool = True) -> Tensor:
+        return self.opener.reduce(op, self, axes, keepdims)
+
+    def mean(self, axes: Sequence[int], keepdims: bool = True) -> Tensor:
+        count = product(self.shape[axis] for axis in axes)
+        total = self.reduce(Op.ADD, axes, keepdims)
+        return total / self.opener.position(count, self.dtype.compute).cast(self.dtype)
+
+    def view(
+        self,
+        shape: Shape,
+        access: Callable[[tuple[Index, ...]], tuple[Index, ...]],
+        pattern: Pattern = Pattern.INJECTIVE,
+    ) -> Tensor:
+        """The tensor of this shape whose element at ``i`` is this tensor's element at ``access(i)``."""
+        return self.opener.view(self, shape, access, pattern)
+
+    def reshape(self, shape: Shape) -> Tensor:
+        if product(shape) != product(self.shape):
+            raise Unsupported(
+                f"cannot prove that {_text(self.shape)} and {_text(shape)} hold as many elements"
+            )
+        source = self.shape
+        return self.view(shape, lambda at: delinearise(linearise(at, shape), source), Pattern.RESHAPE)
+
+
+@dataclass(slots=True)
+class Opener:
+    """One node being opened. Raises `Unsupported` from any method where the node goes beyond kernels."""
+
+    node: ir.Node
+    position_in_graph: int
+    opset: int
+    values: Mapping[ir.Value, Value]
+    names: Generator[int] = field(default_factory=itertools.count)
+    primitives: list[Primitive] = field(default_factory=list)
+
+    # -- operands ---------------------------------------------------------------------------
+
+    def has(self, place: int) -> bool:
+        return place < len(self.node.inputs) and self.node.inputs[place] is not None
+
+    def tensor(self, place: int) -> Tensor:
+        """The operand at `place`; a constant that belongs to the operation becomes part of the expression."""
+        source = self._input(place)
+        value = self.values.get(source)
+        if value is None:
+            raise Unsupported(f"input {place} has an unknown shape or an unsupported type")
+        constant = source.const_value
+        if constant is not None and constant.size == 1 and _is_structural(constant):
+            number = constant.numpy().reshape(-1)[0].item()
+            return Tensor(self, value.dtype, value.shape, Constant(number, value.dtype))
+        return Tensor(self, value.dtype, value.shape, value.name)
+
+    def constant(self, place: int) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+        """The operand's value, where it is known when compiling."""
+        constant = self._input(place).const_value
+        if constant is None:
+            raise Unsupported(f"input {place} is not a constant")
+        array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = constant.numpy()
+        return array
+
+    def integers(self, place: int, attribute: str) -> tuple[int, ...] | None:
+        """A list of integers given as an operand in newer opsets and as an attribute in older ones."""
+        if self.has(place):
+            return tuple(int(x) for x in self.constant(place).reshape(-1))
+        found = self.node.attributes.get(attribute)
+        return None if found is None else tuple(found.as_ints())
+
+    def integer(self, name: str, default: int) -> int:
+        found = self.node.attributes.get(name)
+        return default if found is None else int(found.as_int())
+
+    def number(self, name: str, default: float) -> float:
+        """A float attribute; ONNX stores it in single precision, and so does the result."""
+        found = self.node.attributes.get(name)
+        return float(np.float32(default if found is None else found.as_float()))
+
+    def text(self, name: str, default: str) -> str:
+        found = self.node.attributes.get(name)
+        return default if found is None else str(found.as_string())
+
+    def output_shape(self, place: int = 0) -> Shape:
+        """The shape that shape inference found."""
+        value = self.values.get(self.node.outputs[place])
+        if value is None:
+            raise Unsupported("the output has an unknown shape or an unsupported type")
+        return value.shape
+
+    def output_dtype(self, place: int = 0) -> DType:
+        dtype = self.node.outputs[place].dtype
+        found = None if dtype is None else DType.of_onnx(dtype.value)
+        if found is None:
+            raise Unsupported(f"output type {dtype} is not supported")
+        return found
+
+    def axis(self, axis: int, rank: int) -> int:
+        if not -rank <= axis < rank:
+            raise Unsupported(f"axis {axis} lies outside rank {rank}")
+        return axis % rank
+
+    # -- primitives -------------------------------------------------------------------------
+
+    def scalar(self, value: float | int | bool, dtype: DType) -> Tensor:
+        if dtype is DType.FLOAT32:
+            value = float(np.float32(value))
+        return Tensor(self, dtype, (), Constant(value, dtype))
+
+    def position(self, index: Index, dtype: DType) -> Tensor:
+        """An extent as a number."""
+        known = index.constant
+        if known is not None:
+            return self.scalar(float(known) if dtype.is_float else known, dtype)
+        block = Block((Position(index, dtype),))
+        return self._define((), (), (), None, block, Pattern.ELEMENTWISE)
+
+    def apply(self, op: Op, *arguments: Scalar, dtype: DType | None = None) -> Tensor:
+        """An elementwise operation with broadcasting; numbers take the type of the tensors beside them."""
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        like = tensors[-1].dtype
+        operands = [a if isinstance(a, Tensor) else self.scalar(a, like) for a in arguments]
+        data = operands[1:] if op is Op.SELECT else operands
+        if len({t.dtype for t in data}) != 1:
+            raise Unsupported(f"operands of different types: {', '.join(t.dtype.value for t in data)}")
+        comparison = op in (Op.EQ, Op.LT, Op.LE, Op.IS_NAN, Op.IS_INF)
+        result = dtype or (DType.BOOL if comparison else data[0].dtype)
+        shape = _broadcast([t.shape for t in operands])
+        iterators, at = self._iterators(shape)
+        builder = BlockBuilder()
+        places = tuple(self._read(builder, t, _aligned(at, shape, t.shape)) for t in operands)
+        builder.add(Apply(op, places, result))
+        same = all(t.shape == shape for t in operands if not isinstance(t.content, Constant))
+        pattern = Pattern.ELEMENTWISE if same else Pattern.BROADCAST
+        return self._define(shape, iterators, at, None, builder.build(), pattern)
+
+    def cast(self, tensor: Tensor, dtype: DType) -> Tensor:
+        return self.apply(Op.CAST, tensor, dtype=dtype)
+
+    def reduce(self, op: Op, tensor: Tensor, axes: Sequence[int], keepdims: bool) -> Tensor:
+        """Combines the elements along `axes`; half types accumulate in single precision."""
+        reduced = {self.axis(axis, len(tensor.shape)) for axis in axes}
+        iterators, at = self._iterators(tensor.shape)
+        over = tuple(i for i in iterators if any(at[a] == Index.of(i) for a in reduced))
+        kept = tuple(i for i in iterators if i not in over)
+        builder = BlockBuilder()
+        place = self._read(builder, tensor, at)
+        if tensor.dtype is not tensor.dtype.compute:
+            builder.add(Apply(Op.CAST, (place,), tensor.dtype.compute))
+        axes = [axis for axis in range(len(tensor.shape)) if keepdims or axis not in reduced]
+        shape = tuple(ONE if axis in reduced else tensor.shape[axis] for axis in axes)
+        target = tuple(ZERO if axis in reduced else at[axis] for axis in axes)
+        reduction = Reduction(op, over)
+        result = self._define(shape, kept, target, reduction, builder.build(), Pattern.REDUCTION)
+        return result.cast(tensor.dtype)
+
+    def view(
+        self,
+        tensor: Tensor,
+        shape: Shape,
+        access: Callable[[tuple[Index, ...]], tuple[Index, ...]],
+        pattern: Pattern,
+    ) -> Tensor:
+        if isinstance(tensor.content, Constant):
+            return Tensor(self, tensor.dtype, shape, tensor.content)
+        iterators, at = self._iterators(shape)
+        builder = BlockBuilder()
+        self._read(builder, tensor, access(at))
+        return self._define(shape, iterators, at, None, builder.build(), pattern)
+
+    def concatenate(self, tensors: Sequence[Tensor], axis: int) -> Tensor:
+        """Writes each tensor to its own part of the result."""
+        first = tensors[0].shape
+        total = sum((t.shape[axis] for t in tensors), start=ZERO)
+        shape = (*first[:axis], total, *first[axis + 1 :])
+        output = Value(f"t{self.position_in_graph}_{len(self.primitives)}", tensors[0].dtype, shape)
+        offset = ZERO
+        for tensor in tensors:
+            if any(a != b for n, (a, b) in enumerate(zip(tensor.shape, first, strict=True)) if n != axis):
+                raise Unsupported(f"cannot prove that {_text(tensor.shape)} and {_text(first)} fit together")
+            iterators, at = self._iterators(tensor.shape)
+            builder = BlockBuilder()
+            self._read(builder, tensor, at)
+            target = (*at[:axis], at[axis] + offset, *at[axis + 1 :])
+            primitive = Primitive(output, iterators, target, None, builder.build(), Pattern.INJECTIVE)
+            self.primitives.append(primitive)
+            offset = offset + tensor.shape[axis]
+        return Tensor(self, output.dtype, shape, output.name)
+
+    # -- internals --------------------------------------------------------------------------
+
+    def _input(self, place: int) -> ir.Value:
+        source = self.node.inputs[place] if place < len(self.node.inputs) else None
+        if source is None:
+            raise Unsupported(f"input {place} is missing")
+        return source
+
+    def _iterators(self, shape: Shape) -> tuple[tuple[Iterator, ...], tuple[Index, ...]]:
+        iterators: list[Iterator] = []
+        at: list[Index] = []
+        for extent in shape:
+            if extent.is_one:
+                at.append(ZERO)
+            else:
+                iterators.append(Iterator(f"i{next(self.names)}", extent))
+                at.append(Index.of(iterators[-1]))
+        return tuple(iterators), tuple(at)
+
+    def _read(self, builder: BlockBuilder, tensor: Tensor, indices: tuple[Index, ...]) -> int:
+        if isinstance(tensor.content, Constant):
+            return builder.add(tensor.content)
+        return builder.add(Load(tensor.content, indices, tensor.dtype))
+
+    def _define(
+        self,
+        shape: Shape,
+        iterators: tuple[Iterator, ...],
+        indices: tuple[Index, ...],
+        reduction: Reduction | None,
+        block: Block,
+        pattern: Pattern,
+    ) -> Tensor:
+        name = f"t{self.position_in_graph}_{len(self.primitives)}"
+        output = Value(name, block.dtype, shape)
+        self.primitives.append(Primitive(output, iterators, indices, reduction, block, pattern))
+        return Tensor(self, output.dtype, shape, name)
+
+
+def _is_structural(constant: ir.TensorProtocol) -> bool:
+    """Tells the numbers of a formula (2, 0.5, 6) from learnt ones, which stay operands.
+
+    Kernels that differ in learnt numbers only are then one kernel.
+    """
+    number = constant.numpy().reshape(-1)[0].item()
+    return not isinstance(number, float) or not math.isfinite(number) or number * 2 == round(number * 2)
+
+
+def _broadcast(shapes: Sequence[Shape]) -> Shape:
+    rank = max(len(shape) for shape in shapes)
+    result: list[Index] = []
+    for axis in range(-rank, 0):
+        extents = {shape[axis] for shape in shapes if len(shape) >= -axis and not shape[axis].is_one}
+        if len(extents) > 1:
+            found = " and ".join(sorted(map(str, extents)))
+            raise Unsupported(f"cannot prove that the extents {found} are equal")
+        result.append(extents.pop() if extents else ONE)
+    return tuple(result)
+
+
+def _aligned(at: tuple[Index, ...], shape: Shape, operand: Shape) -> tuple[Index, ...]:
+    """The indices at which an operand is read when the result is computed at `at`."""
+    skipped = len(shape) - len(operand)
+    return tuple(
+        ZERO if extent.is_one else index for index, extent in zip(at[skipped:], operand, strict=True)
+    )
+
+
+def _text(shape: Shape) -> str:
+    return f"[{', '.join(map(str, shape))}]"

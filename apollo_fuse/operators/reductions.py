@@ -1,0 +1,172 @@
+"""Reductions, and the compound operators that are made of them: softmax and the normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Op
+from apollo_fuse.index import ONE
+from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
+from apollo_fuse.operators.registry import DESCRIPTIONS, operator
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def _absolute(x: Tensor) -> Tensor:
+    return x.call(Op.ABS)
+
+
+def _exponential(x: Tensor) -> Tensor:
+    return x.call(Op.EXP)
+
+
+def _root(x: Tensor) -> Tensor:
+    return x.call(Op.SQRT)
+
+
+def _logarithm(x: Tensor) -> Tensor:
+    return x.call(Op.LOG)
+
+
+# name: (what is applied to each element, how elements combine, what is applied to the result)
+_REDUCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Op, Callable[[Tensor], Tensor]]] = {
+    "ReduceSum": (_identity, Op.ADD, _identity),
+    "ReduceProd": (_identity, Op.MUL, _identity),
+    "ReduceMax": (_identity, Op.MAX, _identity),
+    "ReduceMin": (_identity, Op.MIN, _identity),
+    "ReduceL1": (_absolute, Op.ADD, _identity),
+    "ReduceL2": (_square, Op.ADD, _root),
+    "ReduceSumSquare": (_square, Op.ADD, _identity),
+    "ReduceLogSum": (_identity, Op.ADD, _logarithm),
+}
+
+
+def _axes(o: Opener, rank: int) -> tuple[int, ...]:
+    if o.has(1) or "axes" in o.node.attributes:
+        axes = o.integers(1, "axes") or ()
+    else:
+        axes = ()
+    if axes:
+        return tuple(o.axis(axis, rank) for axis in axes)
+    return () if o.integer("noop_with_empty_axes", 0) else tuple(range(rank))
+
+
+def _reduction(o: Opener, name: str) -> Tensor:
+    before, op, after = _REDUCTIONS[name]
+    x = o.tensor(0)
+    axes = _axes(o, len(x.shape))
+    if not axes:
+        raise Unsupported("a reduction over no axes")
+    return after(before(x).reduce(op, axes, bool(o.integer("keepdims", 1))))
+
+
+for _name in _REDUCTIONS:
+    DESCRIPTIONS["", _name] = lambda o, name=_name: _reduction(o, name)  # type: ignore[misc]
+
+
+@operator("ReduceMean")
+def reduce_mean(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    if not x.dtype.is_float:
+        raise Unsupported(f"a mean of {x.dtype.value}")
+    axes = _axes(o, len(x.shape))
+    if not axes:
+        raise Unsupported("a reduction over no axes")
+    return x.mean(axes, bool(o.integer("keepdims", 1)))
+
+
+@operator("ReduceLogSumExp")
+def reduce_log_sum_exp(o: Opener) -> Tensor:
+    """With the greatest element taken out first, where it is finite, so that no exponential overflows."""
+    x = o.tensor(0)
+    axes = _axes(o, len(x.shape))
+    greatest = x.reduce(Op.MAX, axes)
+    shift = greatest.call(Op.IS_INF).select(0.0, greatest)
+    result = (x - shift).call(Op.EXP).reduce(Op.ADD, axes).call(Op.LOG) + shift
+    if o.integer("keepdims", 1):
+        return result
+    return result.reshape(tuple(e for a, e in enumerate(result.shape) if a not in axes))
+
+
+@operator("GlobalAveragePool")
+def global_average_pool(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    return x.mean(range(2, len(x.shape)))
+
+
+@operator("GlobalMaxPool")
+def global_max_pool(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    return x.reduce(Op.MAX, range(2, len(x.shape)))
+
+
+def _softmax_axes(o: Opener, rank: int) -> tuple[int, ...]:
+    """From opset 13 one axis; before that everything from the axis on."""
+    axis = o.axis(o.integer("axis", -1 if o.opset >= 13 else 1), rank)
+    return (axis,) if o.opset >= 13 else tuple(range(axis, rank))
+
+
+@operator("Softmax")
+def softmax(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    axes = _softmax_axes(o, len(x.shape))
+    exponentials = (x - x.reduce(Op.MAX, axes)).call(Op.EXP)
+    return exponentials / exponentials.reduce(Op.ADD, axes)
+
+
+@operator("LogSoftmax")
+def log_softmax(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    axes = _softmax_axes(o, len(x.shape))
+    shifted = x - x.reduce(Op.MAX, axes)
+    return shifted - shifted.call(Op.EXP).reduce(Op.ADD, axes).call(Op.LOG)
+
+
+def _single_output(o: Opener) -> None:
+    if sum(1 for output in o.node.outputs if output.name) > 1:
+        raise Unsupported("more outputs than the normalised tensor")
+
+
+def _normalise(x: Tensor, axes: tuple[int, ...], epsilon: float) -> Tensor:
+    """Two passes: the mean first, then the mean of squared distances from it."""
+    centred = x - x.mean(axes)
+    return centred / ((centred * centred).mean(axes) + epsilon).call(Op.SQRT)
+
+
+@operator("LayerNormalization")
+def layer_normalization(o: Opener) -> Tensor:
+    _single_output(o)
+    x = o.tensor(0)
+    dtype = x.dtype
+    axes = tuple(range(o.axis(o.integer("axis", -1), len(x.shape)), len(x.shape)))
+    result = _normalise(x.cast(DType.FLOAT32) if dtype.size == 2 else x, axes, o.number("epsilon", 1e-5))
+    result = result.cast(dtype) * o.tensor(1)
+    return result + o.tensor(2) if o.has(2) else result
+
+
+@operator("RMSNormalization")
+@operator("SimplifiedLayerNormalization")
+@operator("SimplifiedLayerNormalization", domain="com.microsoft")
+def rms_normalization(o: Opener) -> Tensor:
+    _single_output(o)
+    x = o.tensor(0)
+    dtype = x.dtype
+    axes = tuple(range(o.axis(o.integer("axis", -1), len(x.shape)), len(x.shape)))
+    wide = x.cast(DType.FLOAT32) if dtype.size == 2 else x
+    scale = ((wide * wide).mean(axes) + o.number("epsilon", 1e-5)).call(Op.SQRT)
+    return (wide / scale).cast(dtype) * o.tensor(1)
+
+
+@operator("InstanceNormalization")
+def instance_normalization(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    channels = (x.shape[1], *[ONE for _ in x.shape[2:]])
+    normalised = _normalise(x, tuple(range(2, len(x.shape))), o.number("epsilon", 1e-5))
+    return normalised * o.tensor(1).reshape(channels) + o.tensor(2).reshape(channels)

@@ -1,0 +1,224 @@
+"""From a clean graph to kernels, with the upward feedback: partition, fuse, regroup what was refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import onnx_ir as ir
+
+from apollo_fuse.codegen import c
+from apollo_fuse.graph import MicroGraph, Operator, Pattern, Refused
+from apollo_fuse.index import product
+from apollo_fuse.kernel import KernelGroup
+from apollo_fuse.options import Options
+from apollo_fuse.passes.aggregate_ops import AggregateOps, Limits
+from apollo_fuse.passes.build_scop import BuildScop
+from apollo_fuse.passes.extract_clusters import ExtractClusters, operands
+from apollo_fuse.passes.leave_to_convolution import left_to_convolution
+from apollo_fuse.passes.loop_fusion import Fused, LoopFusion, show
+from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
+from apollo_fuse.passes.tile_and_map import TileAndMap
+from apollo_fuse.region import Interface, body_text, interface
+from apollo_fuse.scop import Scop
+from apollo_fuse.symbolic import values_of
+
+NOT_WORTH_IT = "aggregate_ops"  # the rule of refusals that no regrouping would help
+_SMALL = 32  # elements; below this a group computes shapes, not data
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A micro-graph that became a kernel group. Candidates of one `name` share the kernel; those that have
+    the same tensor shapes too share the `variant`, and are judged as one."""
+
+    name: str
+    micro_graph: MicroGraph
+    part: Interface
+    group: KernelGroup
+    source: str
+
+    @property
+    def variant(self) -> str:
+        values = (*self.micro_graph.inputs, *self.micro_graph.outputs)
+        return f"{self.name}({'; '.join(', '.join(map(str, v.shape)) for v in values)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One turn of the feedback: what was refused, and which pairs of operators are kept apart from then."""
+
+    number: int
+    refused: tuple[Refused, ...]
+    forbidden: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    candidates: tuple[Candidate, ...]
+    refused: tuple[Refused, ...]
+    rounds: tuple[Round, ...]
+    dumps: Mapping[str, str]  # every intermediate form, by file name
+    isl_seconds: float
+    codegen_seconds: float
+
+
+@dataclass(slots=True)
+class _Fusion:
+    """Takes micro-graphs down to kernels, each distinct one once."""
+
+    options: Options
+    names: Mapping[str, ir.Value]
+    known: dict[tuple[str, bool], KernelGroup | Refused] = field(default_factory=dict)
+    dumps: dict[str, str] = field(default_factory=dict)
+    isl_seconds: float = 0.0
+    codegen_seconds: float = 0.0
+
+    def __call__(self, micro_graph: MicroGraph) -> Candidate | Refused:
+        scop = BuildScop()(micro_graph)
+        if isinstance(scop, Refused):
+            return scop
+        key = str(scop)
+        alone = len(micro_graph.operators) == 1
+        if (key, alone) not in self.known:
+            self.known[key, alone] = self._lower(scop, key, alone)
+        group = self.known[key, alone]
+        if isinstance(group, Refused):
+            return group
+        part = interface(micro_graph, self.names)
+        start = perf_counter()
+        digest = hashlib.sha256(f"{group}\n{body_text(part)}".encode()).hexdigest()[:12]
+        types = list(dict.fromkeys(o.op_type for o in micro_graph.operators))
+        name = "_".join([*types[:4], digest])
+        comment = f"{name}: {' '.join(o.op_type for o in micro_graph.operators)}"
+        source = c.emit(group, name, comment)
+        self.dumps.setdefault(f"{name}.scop.txt", key)
+        self.dumps.setdefault(f"{name}.kernel.txt", str(group))
+        self.dumps.setdefault(f"{name}.c", source)
+        self.codegen_seconds += perf_counter() - start
+        return Candidate(name, micro_graph, part, group, source)
+
+    def _lower(self, scop: Scop, key: str, alone: bool) -> KernelGroup | Refused:
+        start = perf_counter()
+        fused = LoopFusion(self.options.isl_max_operations)(scop)
+        self.isl_seconds += perf_counter() - start
+        if not isinstance(fused, Fused):
+            return fused
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        self.dumps[f"schedule_{digest}.txt"] = f"{key}\n{show(fused.tree)}"
+        return TileAndMap(alone)(fused)
+
+
+def plan(model: ir.Model, options: Options) -> Plan:
+    """Every kernel that the model could have, before anything is compiled or measured."""
+    graph = model.graph
+    values = values_of(graph)
+    opened = list(OpenCompoundOps(model.opset_imports[""])(graph, values))
+    left = left_to_convolution(graph)
+    for position, node in enumerate(graph):
+        if node in left and isinstance(opened[position], Operator):
+            label = node.name or node.op_type
+            opened[position] = Refused((label,), "leave_to_convolution", "part of the convolution before it")
+    refused = [o for o in opened if isinstance(o, Refused)]
+    names = {value.name: own for own, value in values.items()}
+    names |= {o.outputs[0].name: o.node.outputs[0] for o in opened if isinstance(o, Operator)}
+    fusion = _Fusion(options, names)
+    aggregate = AggregateOps(Limits(options.max_area_operators, options.max_depth_operators))
+    candidates: list[Candidate] = []
+    rounds: list[Round] = []
+    for cluster in ExtractClusters()(graph, opened):
+        escaping = _escaping(graph, cluster)
+        forbidden: frozenset[tuple[int, int]] = frozenset()
+        number = 0
+        while True:
+            results = [(m, _fuse(fusion, m)) for m in aggregate(cluster, escaping, forbidden)]
+            problems = [(m, r) for m, r in results if isinstance(r, Refused) and r.rule != NOT_WORTH_IT]
+            cuts = frozenset(pair for m, _ in problems for pair in _cuts(m)) - forbidden
+            if not cuts:
+                break
+            number += 1
+            rounds.append(Round(number, tuple(_named(r, m) for m, r in problems), tuple(sorted(cuts))))
+            forbidden |= cuts
+        candidates += [r for _, r in results if isinstance(r, Candidate)]
+        refused += [_named(r, m) for m, r in results if isinstance(r, Refused)]
+    return Plan(
+        tuple(candidates),
+        tuple(refused),
+        tuple(rounds),
+        fusion.dumps,
+        fusion.isl_seconds,
+        fusion.codegen_seconds,
+    )
+
+
+def _fuse(fusion: _Fusion, micro_graph: MicroGraph) -> Candidate | Refused:
+    """What is not worth a kernel is refused before any work goes into it."""
+    nodes = tuple(o.op_type for o in micro_graph.operators)
+    if not micro_graph.outputs:
+        return Refused(nodes, NOT_WORTH_IT, "nothing uses the result")
+    if fusion.options.fuse_all:
+        return fusion(micro_graph)
+    if len(micro_graph.operators) < 2 and not _is_compound(micro_graph):
+        return Refused(nodes, NOT_WORTH_IT, "a single operator", "nothing beside it can be fused with it")
+    if micro_graph.pattern <= Pattern.RESHAPE:
+        return Refused(nodes, NOT_WORTH_IT, "views only", "onnxruntime moves no data for them")
+    sizes = [product(v.shape).constant for v in (*micro_graph.inputs, *micro_graph.outputs)]
+    if all(size is not None and size <= _SMALL for size in sizes):
+        return Refused(
+            nodes, NOT_WORTH_IT, "too small", f"at most {max(map(lambda s: s or 0, sizes))} elements"
+        )
+    return fusion(micro_graph)
+
+
+def _is_compound(micro_graph: MicroGraph) -> bool:
+    """Whether one operator is a reduction and more, so that fusing it with nothing can already win."""
+    return micro_graph.pattern is Pattern.REDUCTION and len(micro_graph.primitives) > 2
+
+
+def _named(refused: Refused, micro_graph: MicroGraph) -> Refused:
+    """The refusal with the model's node names in place of statement numbers."""
+    nodes = tuple(o.node.name or o.op_type for o in micro_graph.operators)
+    return Refused(nodes, refused.rule, refused.reason, refused.evidence)
+
+
+def _cuts(micro_graph: MicroGraph) -> frozenset[tuple[int, int]]:
+    """Edges to cut after a refusal: behind the last reduction, else at what moves data, else the last one."""
+    makers = {v.name: o for o in micro_graph.operators for v in o.outputs}
+    edges = [
+        (makers[v.name], user) for user in micro_graph.operators for v in user.inputs if v.name in makers
+    ]
+    for pattern in (Pattern.REDUCTION, Pattern.INJECTIVE, Pattern.BROADCAST):
+        behind = [(a, b) for a, b in edges if a.pattern is pattern]
+        if behind:
+            last = max(a.position for a, _ in behind)
+            return frozenset((a.position, b.position) for a, b in behind if a.position == last)
+        before = [(a, b) for a, b in edges if b.pattern is pattern]
+        if before:
+            last = max(b.position for _, b in before)
+            return frozenset((a.position, b.position) for a, b in before if b.position == last)
+    if edges:
+        a, b = edges[-1]
+        return frozenset({(a.position, b.position)})
+    first, last_operator = micro_graph.operators[0], micro_graph.operators[-1]
+    # siblings without an edge between them; a lone operator has nothing to be parted from
+    return frozenset({(first.position, last_operator.position)} if first is not last_operator else set())
+
+
+def _escaping(graph: ir.Graph, cluster: tuple[Operator, ...]) -> frozenset[str]:
+    """Names of the cluster's results that something outside of it needs."""
+    members = {o.node for o in cluster}
+    results = set(graph.outputs)
+    captured = {v for node in graph if node not in members and _has_body(node) for v in operands(node)}
+    return frozenset(
+        o.outputs[0].name
+        for o in cluster
+        for value in o.node.outputs
+        if value in results or value in captured or any(user not in members for user, _ in value.uses())
+    )
+
+
+def _has_body(node: ir.Node) -> bool:
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(attribute.type in kinds for attribute in node.attributes.values())

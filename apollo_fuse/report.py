@@ -1,0 +1,180 @@
+"""What one compilation did, as values; `to_json` writes them as `report.schema.json` documents them.
+
+A field of these classes has the name of its JSON key, and its docstring line is the key's meaning.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
+"""A value that JSON can hold."""
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """One distinct kernel.
+
+    layer: the fusion layer that made it: 1 loop fusion, 2 memory stitching, 3 parallelism stitching.
+    ops: the ONNX op types it computes, in execution order.
+    inputs, outputs: its tensors, each as `name: dtype[dims]`.
+    bytes_before, bytes_after: bytes that one run of it moves to and from memory, unfused and fused, with the
+        extents of the run that was measured; the mean over its places.
+    unfused_us, fused_us: microseconds of one run, in onnxruntime with all its optimisations and in the
+        kernel; None where nothing was measured.
+    accepted: whether the written model uses it.
+    reason: why it was accepted or not, in one sentence.
+    instances: how many places of the model it computes, or would compute.
+    """
+
+    name: str
+    layer: int
+    ops: tuple[str, ...]
+    pattern: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    unfused_us: float | None
+    fused_us: float | None
+    accepted: bool
+    reason: str
+    instances: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedReport:
+    """Nodes that stay as they were: their names, the rule that refused them, why, and the evidence for it."""
+
+    nodes: tuple[str, ...]
+    rule: str
+    reason: str
+    evidence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackRound:
+    """One turn of the upward feedback.
+
+    round: counts from 1.
+    forbidden_edges: the producer and consumer nodes that this round forbade to be fused together.
+    regrouped: the names of the micro-graphs that were grouped anew for it.
+    """
+
+    round: int
+    forbidden_edges: tuple[tuple[str, str], ...]
+    regrouped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationReport:
+    """The fused model against the original in onnxruntime, over `cases` sets of inputs."""
+
+    passed: bool = True
+    cases: int = 0
+    max_abs_error: float = 0.0
+    max_rel_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyReport:
+    """The whole model, unfused with all of onnxruntime's optimisations and fused; None where not measured.
+
+    unfused_ms, fused_ms: least time of one run, in milliseconds. speedup: their quotient.
+    runs: how often each was run. threads: the threads of both sessions.
+    """
+
+    unfused_ms: float | None = None
+    fused_ms: float | None = None
+    speedup: float | None = None
+    runs: int = 0
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompileSeconds:
+    """Wall time of the compilation and of its parts, in seconds; isl is a part of no other."""
+
+    total: float = 0.0
+    partition: float = 0.0
+    isl: float = 0.0
+    codegen: float = 0.0
+    cc: float = 0.0
+    measure: float = 0.0
+    verify: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `apollo_fuse.fuse` returns and `--json` writes.
+
+    library: the custom-op library, or None when nothing was fused and the model was written unchanged.
+    target, cpu: what was compiled for, and the processor it was compiled on.
+    versions: apollo-fuse and what its result depends on, by name.
+    nodes_before, nodes_after: nodes of the original and of the written model, bodies of If, Loop and Scan
+        included, Constant nodes left out.
+    fused_nodes: nodes of the written model that call a kernel; distinct_kernels: how many kernels they share.
+    """
+
+    model: Path
+    output: Path
+    library: Path | None
+    target: str
+    cpu: str
+    versions: Mapping[str, str]
+    nodes_before: int
+    nodes_after: int
+    fused_nodes: int
+    distinct_kernels: int
+    kernels: tuple[KernelReport, ...] = ()
+    refused: tuple[RefusedReport, ...] = ()
+    feedback_rounds: tuple[FeedbackRound, ...] = ()
+    verification: VerificationReport = field(default_factory=VerificationReport)
+    latency: LatencyReport = field(default_factory=LatencyReport)
+    compile_seconds: CompileSeconds = field(default_factory=CompileSeconds)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[KernelReport, ...]:
+        """The kernels that the written model uses."""
+        return tuple(kernel for kernel in self.kernels if kernel.accepted)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes that one run of the fused parts moved before they were fused."""
+        return sum(kernel.bytes_before * kernel.instances for kernel in self.accepted)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes that one run of the fused parts moves now."""
+        return sum(kernel.bytes_after * kernel.instances for kernel in self.accepted)
+
+    def to_json(self) -> dict[str, Json]:
+        """The report as JSON values. Numbers that JSON has no form for (infinite, NaN) become null."""
+        return {"schema_version": SCHEMA_VERSION, **_members(self)}
+
+
+def _members(record: object) -> dict[str, Json]:
+    assert is_dataclass(record)
+    return {entry.name: _json(getattr(record, entry.name)) for entry in fields(record)}
+
+
+def _json(value: object) -> Json:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case None | bool() | int() | str():
+            return value
+        case Path():
+            return str(value)
+        case tuple():
+            return [_json(element) for element in value]
+        case Mapping():
+            return {str(name): _json(element) for name, element in value.items()}
+        case _ if is_dataclass(value):
+            return _members(value)
+    raise TypeError(f"a report holds a {type(value).__name__}, which JSON has no form for: {value!r}")

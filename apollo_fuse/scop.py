@@ -1,0 +1,134 @@
+"""The polyhedral form of a micro-graph: statements with their iteration domains and access maps.
+
+The names are canonical (``in0``, ``out0``, ``t0``, ``n0``, ``i0`` ...), so equal sub-graphs give
+equal Scops whatever a model calls its tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Block, Reduction
+from apollo_fuse.graph import Shape, Value
+from apollo_fuse.index import Index, Iterator, Monomial, Quotient, Symbol
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How a run-time extent is found: ``(shape of input[axis] - rest) / divisor``."""
+
+    symbol: Symbol
+    input: int
+    axis: int
+    divisor: Index
+    rest: Index
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """``target[indices] = block``, for all iterators; combined over those of the reduction."""
+
+    name: str
+    target: Value
+    indices: tuple[Index, ...]
+    iterators: tuple[Iterator, ...]
+    reduction: Reduction | None
+    block: Block
+
+    @property
+    def domain(self) -> tuple[Iterator, ...]:
+        return self.iterators + (self.reduction.iterators if self.reduction is not None else ())
+
+    def __str__(self) -> str:
+        loops = ", ".join(f"{i.name} < {i.extent}" for i in self.domain)
+        over = (
+            f" {self.reduction.op.value} over {', '.join(map(str, self.reduction.iterators))}"
+            if self.reduction
+            else ""
+        )
+        body = "\n".join("    " + line for line in str(self.block).splitlines())
+        return f"{self.name}[{loops}] {self.target.name}[{', '.join(map(str, self.indices))}]{over}:\n{body}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scop:
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    kept: tuple[Value, ...]  # intermediates that statements pass to each other inside a kernel
+    statements: tuple[Statement, ...]
+    extents: tuple[Extent, ...]
+    temporaries: tuple[Value, ...] = ()  # intermediates that one kernel passes to the next, through memory
+
+    def value(self, name: str) -> Value:
+        return next(v for v in (*self.inputs, *self.outputs, *self.kept, *self.temporaries) if v.name == name)
+
+    def is_internal(self, name: str) -> bool:
+        return any(v.name == name for v in self.kept)
+
+    def __str__(self) -> str:
+        lines = [f"extent {e.symbol} = ({self.inputs[e.input].name}.shape[{e.axis}] - {e.rest}) / {e.divisor}"
+                 for e in self.extents]  # fmt: skip
+        roles = {"input": self.inputs, "output": self.outputs, "kept": self.kept}
+        for role, values in (roles | {"temporary": self.temporaries}).items():
+            lines += [f"{role} {value}" for value in values]
+        return "\n".join([*lines, *map(str, self.statements)]) + "\n"
+
+
+@dataclass(slots=True)
+class Parameters:
+    """Names for isl of what is constant while a kernel runs: one parameter for each product of extents."""
+
+    names: dict[Monomial, str]
+
+    def affine(self, index: Index) -> str | None:
+        """The index in isl's notation, or None where it is not (quasi-)affine."""
+        pieces: list[str] = []
+        for monomial, coefficient in index.terms:
+            if not monomial:
+                pieces.append(str(coefficient))
+            elif all(isinstance(atom, Symbol) for atom in monomial):
+                name = self.names.setdefault(monomial, f"p{len(self.names)}")
+                pieces.append(f"{coefficient}*{name}")
+            elif len(monomial) == 1:
+                (atom,) = monomial
+                text = self._atom(atom) if isinstance(atom, (Iterator, Quotient)) else None
+                if text is None:
+                    return None
+                pieces.append(f"{coefficient}*{text}")
+            else:
+                return None
+        return " + ".join(pieces) or "0"
+
+    def _atom(self, atom: Iterator | Quotient) -> str | None:
+        if isinstance(atom, Iterator):
+            return atom.name
+        inner, divisor = self.affine(atom.numerator), atom.divisor.constant
+        return None if inner is None or divisor is None else f"floor(({inner})/{divisor})"
+
+    def declaration(self) -> str:
+        return f"[{', '.join(self.names.values())}] -> "
+
+    def sample(self) -> str:
+        """One choice of the parameters, all different and coprime to common extents, as an isl set."""
+        chosen = (f"{name} = {1009 + 4 * place}" for place, name in enumerate(self.names.values()))
+        return f"{self.declaration()}{{ : {' and '.join(chosen) or '1 = 1'} }}"
+
+
+def tensor_size(value: Value) -> Index:
+    """Elements of a tensor."""
+    total = Index.of(1)
+    for extent in value.shape:
+        total = total * extent
+    return total
+
+
+def known_bytes(shape: Shape, dtype: DType) -> int | None:
+    """Bytes of a tensor whose extents are all numbers, else None."""
+    total = dtype.size
+    for extent in shape:
+        number = extent.constant
+        if number is None:
+            return None
+        total *= number
+    return total

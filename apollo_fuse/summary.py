@@ -1,0 +1,205 @@
+"""The parts of the report that are computed from the plan: kernels with their traffic, refusals, versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx
+import onnx_ir as ir
+
+from apollo_fuse.acceptance import Judgement
+from apollo_fuse.graph import MicroGraph, Operator, Pattern, Value
+from apollo_fuse.index import Index, Symbol
+from apollo_fuse.partition import Candidate, Plan
+from apollo_fuse.report import FeedbackRound, KernelReport, RefusedReport
+
+_PACKAGES = ("apollo-fuse", "onnx", "onnxruntime", "onnx-ir", "islpy", "numpy", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    cpu: str
+    versions: Mapping[str, str]
+    nodes_before: int
+    nodes_after: int
+    kernels: tuple[KernelReport, ...]
+    refused: tuple[RefusedReport, ...]
+    rounds: tuple[FeedbackRound, ...]
+
+
+def summarise(
+    path: Path,
+    output: Path,
+    model: ir.Model,
+    chosen: Plan,
+    judgements: Mapping[str, Judgement],
+    fused: Sequence[Candidate],
+    sizes: Mapping[Symbol, int] = MappingProxyType({}),
+) -> Summary:
+    """The parts of the report; `sizes` are the extents that traffic is counted for, as `solve` finds them.
+
+    An extent that is not among them counts as 1.
+    """
+    uses: dict[str, list[Candidate]] = {}
+    for candidate in chosen.candidates:
+        uses.setdefault(candidate.variant, []).append(candidate)
+    labels = [node.name or f"{node.op_type}_{place}" for place, node in enumerate(model.graph)]
+    kept = {x.variant for x in fused}
+    return Summary(
+        cpu_name(),
+        {name: found for name in _PACKAGES if (found := _version(name))}
+        | {"python": platform.python_version()},
+        node_count(onnx.load(path, load_external_data=False).graph),
+        node_count(onnx.load(output, load_external_data=False).graph),
+        tuple(_kernel(same, judgements[key], key in kept, sizes) for key, same in uses.items()),
+        tuple(RefusedReport(r.nodes, r.rule, r.reason, r.evidence) for r in chosen.refused),
+        tuple(
+            FeedbackRound(
+                r.number,
+                tuple((labels[a], labels[b]) for a, b in r.forbidden),
+                tuple(f"{', '.join(x.nodes)}: {x.reason}" for x in r.refused),
+            )
+            for r in chosen.rounds
+        ),
+    )
+
+
+def solve(values: Iterable[tuple[Value, tuple[int, ...]]]) -> dict[Symbol, int]:
+    """The extents that were open, from tensors and the shapes that they had in a run.
+
+    Each dimension is an equation; one that is linear in a single extent not known yet gives that extent.
+    What no such equation reaches stays out.
+    """
+    equations = [
+        (extent, size)
+        for value, shape in values
+        for extent, size in zip(value.shape, shape, strict=True)
+        if extent.symbols()
+    ]
+    known: dict[Symbol, int] = {}
+    progress = True
+    while progress:
+        progress = False
+        for extent, size in equations:
+            left = extent.substitute({symbol: Index.of(number) for symbol, number in known.items()})
+            unknown = left.symbols()
+            if len(unknown) != 1:
+                continue
+            (symbol,) = unknown
+            factor = left.coefficient(symbol)
+            if factor is None or not factor.constant:
+                continue
+            rest = (left - factor * Index.of(symbol)).constant
+            if rest is not None and (size - rest) % factor.constant == 0:
+                known[symbol] = (size - rest) // factor.constant
+                progress = True
+    return known
+
+
+def _kernel(
+    same: Sequence[Candidate], judgement: Judgement, accepted: bool, sizes: Mapping[Symbol, int]
+) -> KernelReport:
+    candidate = same[0]
+    layer = 2 if any(b.scope.value != "global" for k in candidate.group.kernels for b in k.buffers) else 1
+    return KernelReport(
+        name=candidate.name,
+        layer=layer,
+        ops=tuple(o.op_type for o in candidate.micro_graph.operators),
+        pattern=candidate.micro_graph.pattern.name,
+        inputs=tuple(map(_shape_text, candidate.micro_graph.inputs)),
+        outputs=tuple(map(_shape_text, candidate.micro_graph.outputs)),
+        # the same kernel may work on larger tensors in one place than in another
+        bytes_before=sum(bytes_unfused(x.micro_graph, sizes) for x in same) // len(same),
+        bytes_after=sum(bytes_fused(x.micro_graph, sizes) for x in same) // len(same),
+        unfused_us=None if judgement.unfused is None else judgement.unfused * 1e6,
+        fused_us=None if judgement.fused is None else judgement.fused * 1e6,
+        accepted=accepted,
+        reason=_reason(judgement, accepted),
+        instances=len(same),
+    )
+
+
+def _reason(judgement: Judgement, accepted: bool) -> str:
+    if judgement.unfused is None or judgement.fused is None:
+        return judgement.reason or ("agrees with onnxruntime; not measured" if accepted else "left out")
+    speed = f"{judgement.unfused / judgement.fused:.2f}x as fast as onnxruntime"
+    return f"{judgement.reason} ({speed})" if judgement.reason else speed
+
+
+def _shape_text(value: Value) -> str:
+    return f"{value.dtype.value}[{', '.join(map(str, value.shape))}]"
+
+
+def bytes_unfused(micro_graph: MicroGraph, sizes: Mapping[Symbol, int]) -> int:
+    """Bytes that the operators read and write where each runs by itself; views move nothing."""
+    return sum(
+        sum(_read(value, operator, sizes) for value in operator.inputs)
+        + sum(_bytes(value, sizes) for value in operator.outputs)
+        for operator in micro_graph.operators
+        if operator.pattern is not Pattern.RESHAPE
+    )
+
+
+def bytes_fused(micro_graph: MicroGraph, sizes: Mapping[Symbol, int]) -> int:
+    """Bytes that one kernel has to read and write in their stead, each once."""
+    read = 0
+    for value in micro_graph.inputs:
+        parts = [_read(value, o, sizes) for o in micro_graph.operators if value in o.inputs]
+        read += min(sum(parts), _bytes(value, sizes))
+    return read + sum(_bytes(value, sizes) for value in micro_graph.outputs)
+
+
+def _read(value: Value, operator: Operator, sizes: Mapping[Symbol, int]) -> int:
+    """Bytes of an operand that are read: a slice or a gather reads no more elements than it writes."""
+    whole = _bytes(value, sizes)
+    if operator.pattern is not Pattern.INJECTIVE:
+        return whole
+    written = sum(_bytes(output, sizes) // output.dtype.size for output in operator.outputs)
+    return min(whole, written * value.dtype.size)
+
+
+def _bytes(value: Value, sizes: Mapping[Symbol, int]) -> int:
+    total = value.dtype.size
+    for dim in value.shape:
+        total *= evaluate(dim, sizes)
+    return total
+
+
+def evaluate(index: Index, sizes: Mapping[Symbol, int]) -> int:
+    """The number that a polynomial over extents comes to; an extent that is not in `sizes` counts as 1."""
+    known = index.substitute({symbol: Index.of(sizes.get(symbol, 1)) for symbol in index.symbols()})
+    return known.constant if known.constant is not None else 1
+
+
+def node_count(graph: onnx.GraphProto) -> int:
+    """Nodes of a graph and of the bodies in it, less the Constants, which do nothing at run time."""
+    return sum((node.op_type != "Constant") + sum(map(node_count, _bodies(node))) for node in graph.node)
+
+
+def _bodies(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,76 @@
+"""Compares what two onnxruntime sessions compute on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+
+from apollo_fuse.tolerance import Array, compare
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    cases: int
+    max_abs_error: float
+    max_rel_error: float
+    problem: str
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem
+
+    def joined(self, other: Verdict) -> Verdict:
+        return Verdict(
+            self.cases + other.cases,
+            max(self.max_abs_error, other.max_abs_error),
+            max(self.max_rel_error, other.max_rel_error),
+            self.problem or other.problem,
+        )
+
+
+NOTHING = Verdict(0, 0.0, 0.0, "")
+
+
+def verify(
+    original: ort.InferenceSession, fused: ort.InferenceSession, cases: Sequence[Mapping[str, Array]]
+) -> Verdict:
+    """Runs both on every case; the first difference beyond tolerance is the problem."""
+    verdict = NOTHING
+    names = [output.name for output in original.get_outputs()]
+    for feeds in cases:
+        expected = original.run(None, dict(feeds))
+        try:
+            found = fused.run(None, dict(feeds))
+        except Exception as error:  # onnxruntime raises classes of its own for each status
+            return verdict.joined(Verdict(1, np.inf, np.inf, str(error).strip().splitlines()[0]))
+        for name, a, b in zip(names, expected, found, strict=True):
+            if not isinstance(a, np.ndarray):
+                continue  # sequences and maps are passed by
+            difference = compare(name, a, b)
+            verdict = verdict.joined(Verdict(0, difference.absolute, difference.relative, difference.problem))
+        verdict = verdict.joined(Verdict(1, 0.0, 0.0, ""))
+    return verdict
+
+
+def edge_case(feeds: Mapping[str, Array], seed: int, sparse: bool) -> dict[str, Array]:
+    """The same inputs with NaN, infinities, signed zeros and denormals here and there in the floats.
+
+    `sparse` puts them into few places, so that rows which are reduced stay mostly finite.
+    """
+    random = np.random.default_rng(seed)
+    result: dict[str, Array] = {}
+    for name, array in feeds.items():
+        if array.dtype.kind != "f" or not array.size:
+            result[name] = array
+            continue
+        info = np.finfo(np.dtype(array.dtype.name))
+        special = np.array(
+            [np.nan, np.inf, -np.inf, 0.0, -0.0, info.smallest_subnormal, -info.tiny, 1.0, -1.0], array.dtype
+        )
+        share = 1.0 / 512 if sparse else 1.0 / 4
+        places = random.random(array.shape) < share
+        result[name] = np.where(places, random.choice(special, array.shape), array)
+    return result
