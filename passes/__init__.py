@@ -1,0 +1,1 @@
+"""The passes of the partition and fusion phases, one a file, each from one IR to the next."""

@@ -1,0 +1,307 @@
+"""Grows micro-graphs inside a cluster by rules, to a fix-point (Apollo's operator aggregation).
+
+Each operator starts as an area of its own.  The rules run in order; a rule looks at an edge from a
+producing area to a using one, or at two areas that read the same tensor, and says whether the two
+may become one kernel.  Rules are optimistic about schedules: the loop optimiser has the last word,
+and what it refuses comes back as forbidden edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive, Value
+from apollo_fuse.index import Index, product
+from apollo_fuse.passes.contraction import Contraction
+
+EXPENSIVE = 10  # cost (see Block.cost) from which computing a value again is worse than keeping it
+
+
+class Relation(Enum):
+    """How the elements that cross an edge relate to the points of the using area."""
+
+    ONE_TO_ONE = "one-to-one"
+    BROADCAST = "broadcast"
+    GENERAL = "general"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    operators: int = 200  # of an area
+    depth: int = 20  # operators absorbed below a broadcast or a reduction
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """What the rules know about a group of operators."""
+
+    pattern: Pattern
+    operators: int
+    domain: Index  # points of the largest iteration space
+    rows: Index | None  # points that reductions keep; None without reductions
+    cost: int
+    in_parts: bool  # an operator writes its result in parts, as a concatenation does
+
+    @staticmethod
+    def of(operator: Operator) -> Area:
+        domain, rows = Index.of(0), None
+        for primitive in operator.primitives:
+            size, kept = _extents(primitive)
+            domain = _larger(domain, size)
+            rows = kept if primitive.reduction is not None else rows
+        results = [p.output.name for p in operator.primitives]
+        in_parts = len(set(results)) < len(results)
+        return Area(operator.pattern, 1, domain, rows, operator.cost, in_parts)
+
+    def joined(self, other: Area) -> Area:
+        return Area(
+            max(self.pattern, other.pattern),
+            self.operators + other.operators,
+            _larger(self.domain, other.domain),
+            self.rows if self.rows is not None else other.rows,
+            self.cost + other.cost,
+            self.in_parts or other.in_parts,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    producer: Area
+    user: Area
+    relation: Relation
+    sole_user: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    name: str
+    allows: Callable[[Edge, Limits], bool]
+    only_sole_user: bool = False
+
+
+def _reshape(edge: Edge, limits: Limits) -> bool:
+    """A view costs nothing inside a kernel, whichever side it joins."""
+    lone = min(edge.producer.pattern, edge.user.pattern) is Pattern.RESHAPE
+    return lone and edge.relation is Relation.ONE_TO_ONE
+
+
+def _elementwise(edge: Edge, limits: Limits) -> bool:
+    both = max(edge.producer.pattern, edge.user.pattern) <= Pattern.ELEMENTWISE
+    return both and edge.relation is Relation.ONE_TO_ONE
+
+
+def _broadcast(edge: Edge, limits: Limits) -> bool:
+    """Cheap producers are computed again at each point; dear ones only join users of their own size."""
+    if max(edge.producer.pattern, edge.user.pattern) > Pattern.BROADCAST:
+        return False
+    if edge.relation is Relation.ONE_TO_ONE:
+        return True
+    return (
+        edge.relation is Relation.BROADCAST
+        and edge.producer.operators <= limits.depth
+        and edge.producer.cost < EXPENSIVE
+    )
+
+
+def _reduce(edge: Edge, limits: Limits) -> bool:
+    """A reduction takes in what computes its operand."""
+    return (
+        edge.user.pattern is Pattern.REDUCTION
+        and edge.producer.pattern <= Pattern.INJECTIVE
+        and edge.producer.operators <= limits.depth
+        and (
+            edge.relation is Relation.ONE_TO_ONE
+            or (edge.relation is Relation.BROADCAST and edge.producer.cost < EXPENSIVE)
+        )
+    )
+
+
+def _stitch(edge: Edge, limits: Limits) -> bool:
+    """A reduction and what is computed from it, row by row: one loop over the rows holds both (Layer II)."""
+    producer, user = edge.producer, edge.user
+    if producer.rows is None or user.pattern > Pattern.REDUCTION:
+        return False
+    same_rows = user.rows is None or user.rows == producer.rows
+    return same_rows and user.domain in (producer.domain, producer.rows)
+
+
+def _injective(edge: Edge, limits: Limits) -> bool:
+    """Transposes, slices and gathers are access maps of their user, or of what they read."""
+    return (
+        max(edge.producer.pattern, edge.user.pattern) is Pattern.INJECTIVE
+        and edge.relation is Relation.ONE_TO_ONE
+        and min(edge.producer.operators, edge.user.operators) <= limits.depth
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("reshape", _reshape),
+    Rule("elementwise depth", _elementwise, only_sole_user=True),
+    Rule("elementwise width", _elementwise),
+    Rule("broadcast depth", _broadcast, only_sole_user=True),
+    Rule("broadcast width", _broadcast),
+    Rule("reduce depth", _reduce, only_sole_user=True),
+    Rule("reduce width", _reduce),
+    Rule("injective depth", _injective, only_sole_user=True),
+    Rule("stitch", _stitch),
+    Rule("injective width", _injective),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AggregateOps:
+    """From a cluster to its micro-graphs; `forbidden` holds pairs of operator positions to keep apart."""
+
+    limits: Limits = Limits()
+
+    def __call__(
+        self,
+        cluster: Sequence[Operator],
+        escaping: frozenset[str],
+        forbidden: frozenset[tuple[int, int]] = frozenset(),
+    ) -> tuple[MicroGraph, ...]:
+        """`escaping` names the values that are needed outside the cluster."""
+        growth = _Growth(cluster, self.limits, forbidden)
+        changed = True
+        while changed:
+            changed = False
+            for rule in RULES:
+                changed |= growth.apply(rule)
+            changed |= growth.join_siblings()
+        return tuple(_micro_graph([cluster[i] for i in g], cluster, escaping) for g in growth.groups())
+
+
+class _Growth:
+    def __init__(
+        self, cluster: Sequence[Operator], limits: Limits, forbidden: frozenset[tuple[int, int]]
+    ) -> None:
+        self.cluster = cluster
+        self.limits = limits
+        self.producer_of = {v.name: place for place, o in enumerate(cluster) for v in o.outputs}
+        self.value_of = {v.name: v for o in cluster for v in o.outputs}
+        self.readers: dict[str, list[int]] = {}
+        for place, operator in enumerate(cluster):
+            for value in operator.inputs:
+                self.readers.setdefault(value.name, []).append(place)
+        successors: list[set[int]] = [set() for _ in cluster]
+        for name, producer in self.producer_of.items():
+            successors[producer].update(self.readers.get(name, ()))
+        self.contraction = Contraction(successors)
+        self.areas = {place: Area.of(operator) for place, operator in enumerate(cluster)}
+        places = {operator.position: place for place, operator in enumerate(cluster)}
+        self.forbidden = {(places[a], places[b]) for a, b in forbidden if a in places and b in places}
+
+    def groups(self) -> list[list[int]]:
+        return self.contraction.groups()
+
+    def apply(self, rule: Rule) -> bool:
+        changed = False
+        for place in range(len(self.cluster)):
+            merged = True
+            while merged:
+                user = self.contraction.find(place)
+                candidates = sorted(self.contraction.predecessors(user))
+                merged = any(self._try(rule, producer, user) for producer in candidates)
+                changed |= merged
+        return changed
+
+    def join_siblings(self) -> bool:
+        """Areas of one size that read the same tensor share one pass over it."""
+        changed = False
+        for readers in self.readers.values():
+            for a, b in zip(readers, readers[1:], strict=False):
+                left, right = self.contraction.find(a), self.contraction.find(b)
+                if left == right:
+                    continue
+                one, two = self.areas[left], self.areas[right]
+                alike = (
+                    max(one.pattern, two.pattern) <= Pattern.BROADCAST
+                    and one.domain == two.domain
+                    and one.operators + two.operators <= self.limits.operators
+                )
+                if alike and self._apart_allowed(left, right) and not self._connected(left, right):
+                    self._merge(left, right)
+                    changed = True
+        return changed
+
+    def _try(self, rule: Rule, producer: int, user: int) -> bool:
+        a, b = self.areas[producer], self.areas[user]
+        if a.operators + b.operators > self.limits.operators:
+            return False
+        if a.in_parts:  # its parts have no loop in common with whoever reads all of them
+            return False
+        sole = self.contraction.successors(producer) == {user}
+        if rule.only_sole_user and not sole:
+            return False
+        edge = Edge(a, b, self._relation(producer, user), sole)
+        if not rule.allows(edge, self.limits) or not self._apart_allowed(producer, user):
+            return False
+        if self.contraction.detour(producer, user):
+            return False
+        self._merge(producer, user)
+        return True
+
+    def _merge(self, a: int, b: int) -> None:
+        joined = self.areas.pop(a).joined(self.areas.pop(b))
+        self.areas[self.contraction.merge(a, b)] = joined
+
+    def _apart_allowed(self, a: int, b: int) -> bool:
+        left, right = self.contraction.members[a], self.contraction.members[b]
+        return (
+            not any((x, y) in self.forbidden or (y, x) in self.forbidden for x in left for y in right)
+            if self.forbidden
+            else True
+        )
+
+    def _connected(self, a: int, b: int) -> bool:
+        return (
+            b in self.contraction.successors(a)
+            or a in self.contraction.successors(b)
+            or self.contraction.detour(a, b)
+            or self.contraction.detour(b, a)
+        )
+
+    def _relation(self, producer: int, user: int) -> Relation:
+        """The most general relation of the tensors that cross from one area to the other."""
+        size = self.areas[user].domain
+        members = set(self.contraction.members[producer])
+        crossing = {
+            value.name: value
+            for place in self.contraction.members[user]
+            for value in self.cluster[place].inputs
+            if self.producer_of.get(value.name) in members
+        }
+        sizes = {product(value.shape) for value in crossing.values()}
+        if sizes == {size}:
+            return Relation.ONE_TO_ONE
+        smaller = all(s == size or size.exact_quotient(s) is not None for s in sizes)
+        return Relation.BROADCAST if smaller else Relation.GENERAL
+
+
+def _extents(primitive: Primitive) -> tuple[Index, Index]:
+    kept = product(i.extent for i in primitive.iterators)
+    over = primitive.reduction.iterators if primitive.reduction is not None else ()
+    return kept * product(i.extent for i in over), kept
+
+
+def _larger(a: Index, b: Index) -> Index:
+    """The one that is a multiple of the other; by constant part where neither is known to be."""
+    if a.is_zero or (not b.is_zero and b.exact_quotient(a) is not None):
+        return b
+    known_a, known_b = a.constant, b.constant
+    if known_a is not None and known_b is not None:
+        return a if known_a >= known_b else b
+    return a
+
+
+def _micro_graph(
+    operators: Sequence[Operator], cluster: Iterable[Operator], escaping: frozenset[str]
+) -> MicroGraph:
+    inside = {o.position for o in operators}
+    made = {v.name for o in operators for v in o.outputs}
+    inputs = {v.name: v for o in operators for v in o.inputs if v.name not in made}
+    needed = escaping | {v.name for o in cluster if o.position not in inside for v in o.inputs}
+    outputs: tuple[Value, ...] = tuple(v for o in operators for v in o.outputs if v.name in needed)
+    return MicroGraph(tuple(operators), tuple(inputs.values()), outputs)

@@ -1,0 +1,311 @@
+"""From a micro-graph to its Scop: inline what need not be kept, and name everything anew.
+
+Fewer statements make isl faster and kernels better, so a producer is inlined into its users unless
+it is an output, a reduction, written in parts, or too dear to compute more than once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from apollo_fuse.expressions import (
+    Apply,
+    Block,
+    BlockBuilder,
+    Constant,
+    Instruction,
+    Load,
+    Position,
+    Reduction,
+)
+from apollo_fuse.graph import MicroGraph, Primitive, Refused, Value
+from apollo_fuse.index import Atom, Index, Indirect, Iterator, Monomial, Quotient, Symbol
+from apollo_fuse.passes.aggregate_ops import EXPENSIVE
+from apollo_fuse.passes.simplify import simplify
+from apollo_fuse.passes.split_axes import access_indices, split_axes
+from apollo_fuse.scop import Extent, Scop, Statement
+
+RULE = "build_scop"
+_SHORT = 16  # greatest extent that stays a number where the others become symbols
+
+
+@dataclass(frozen=True, slots=True)
+class BuildScop:
+    """Gives the Scop, or says which extent or access cannot be expressed."""
+
+    def __call__(self, micro_graph: MicroGraph) -> Scop | Refused:
+        nodes = tuple(operator.op_type for operator in micro_graph.operators)
+        try:
+            kept = _kept(micro_graph)
+            internal = kept - {v.name for v in micro_graph.outputs}
+            statements = split_axes(_inline(micro_graph, kept), internal)
+            statements = [s for s in statements if not _is_void(s)]
+            if not statements:
+                return Refused(nodes, RULE, "nothing to compute", "every result is empty")
+            return _canonical(micro_graph, statements)
+        except _NotExpressible as reason:
+            return Refused(nodes, RULE, reason.args[0], reason.args[1])
+
+
+class _NotExpressible(Exception):
+    """Its arguments are the reason and the evidence."""
+
+
+def _is_void(statement: Statement) -> bool:
+    """Whether the statement has no point at all.  A reduction of nothing still has a result."""
+    if any(i.extent.is_zero for i in statement.iterators):
+        return True
+    over = statement.reduction.iterators if statement.reduction is not None else ()
+    if any(i.extent.is_zero for i in over):
+        raise _NotExpressible("a reduction over an empty axis", statement.target.name)
+    return False
+
+
+def _kept(micro_graph: MicroGraph) -> frozenset[str]:
+    """The tensors that get statements of their own."""
+    primitives = micro_graph.primitives
+    parts: dict[str, int] = {}
+    readers: dict[str, list[Primitive]] = {}
+    indirect: set[str] = set()
+    for primitive in primitives:
+        parts[primitive.output.name] = parts.get(primitive.output.name, 0) + 1
+        for load in primitive.block.loads:
+            readers.setdefault(load.tensor, []).append(primitive)
+            indirect.update(a.tensor for i in load.indices for a in i.atoms() if isinstance(a, Indirect))
+    made = {p.output.name for p in primitives}
+    if indirect & made:
+        raise _NotExpressible("index tensor computed in the kernel", ", ".join(sorted(indirect & made)))
+    kept = {v.name for v in micro_graph.outputs}
+    roots: dict[str, set[str]] = {}
+    for primitive in reversed(primitives):
+        name = primitive.output.name
+        flows = set[str]()
+        for reader in readers.get(name, []):
+            target = reader.output.name
+            flows |= {target} if target in kept else roots.get(target, set())
+        roots[name] = flows
+        repeated = len(flows) > 1 and primitive.block.cost >= EXPENSIVE
+        if primitive.reduction is not None or parts[name] > 1 or repeated:
+            kept.add(name)
+    return frozenset(kept)
+
+
+def _inline(micro_graph: MicroGraph, kept: frozenset[str]) -> list[Statement]:
+    inlined: dict[str, Primitive] = {}
+    blocks: dict[str, Block] = {}
+    statements: list[Statement] = []
+    for primitive in micro_graph.primitives:
+        builder = BlockBuilder()
+
+        def read(load: Load, builder: BlockBuilder = builder) -> int | None:
+            producer = inlined.get(load.tensor)
+            if producer is None:
+                return None
+            return builder.append(blocks[load.tensor], _at(producer, load.indices))
+
+        place = builder.append(primitive.block, {}, read)
+        block = simplify(builder.build_at(place))
+        name = primitive.output.name
+        if name in kept:
+            statements.append(
+                Statement(
+                    f"S{len(statements)}",
+                    primitive.output,
+                    primitive.indices,
+                    primitive.iterators,
+                    primitive.reduction,
+                    block,
+                )
+            )
+        else:
+            inlined[name], blocks[name] = primitive, block
+    return statements
+
+
+def _at(producer: Primitive, indices: tuple[Index, ...]) -> Mapping[Atom, Index]:
+    """The producer's iterators when its element at `indices` is wanted."""
+    values: dict[Atom, Index] = {}
+    for own, wanted in zip(producer.indices, indices, strict=True):
+        for iterator in own.iterators():
+            values[iterator] = wanted
+    return values
+
+
+@dataclass(slots=True)
+class _Renaming:
+    """Maps a micro-graph's tensors, extents and iterators to canonical ones."""
+
+    tensors: dict[str, str]
+    symbols: dict[Symbol, Index]
+    products: dict[Monomial, Symbol]
+    constants: dict[int, Symbol]
+    iterators: dict[Atom, Index] = field(default_factory=dict)
+    taken: int = 0
+
+    def index(self, index: Index) -> Index:
+        for monomial, symbol in self.products.items():
+            whole, rest = index.divide(Index(((monomial, 1),)))
+            index = whole * Index.of(symbol) + rest
+        return index.rewrite(self._atom)
+
+    def extent(self, extent: Index) -> Index:
+        number = extent.constant
+        return Index.of(self.constants[number]) if number in self.constants else self.index(extent)
+
+    def iterator(self, old: Iterator) -> Iterator:
+        new = Iterator(f"i{self.taken}", self.extent(old.extent))
+        self.taken += 1
+        self.iterators[old] = Index.of(new)
+        return new
+
+    def value(self, value: Value) -> Value:
+        return Value(self.tensors[value.name], value.dtype, tuple(map(self.extent, value.shape)))
+
+    def instruction(self, item: Instruction) -> Instruction:
+        match item:
+            case Load(tensor, indices, dtype):
+                return Load(self.tensors[tensor], tuple(self.index(i) for i in indices), dtype)
+            case Position(index, dtype):
+                return Position(self.index(index), dtype)
+            case Constant() | Apply():
+                return item
+
+    def _atom(self, atom: Atom) -> Index | None:
+        match atom:
+            case Symbol():
+                if atom not in self.symbols:
+                    raise _NotExpressible("extent cannot be computed from the inputs' shapes", str(atom))
+                return self.symbols[atom]
+            case Iterator():
+                return self.iterators[atom]
+            case Indirect(tensor, indices, extent):
+                name = self.tensors[tensor]
+                return Index.of(Indirect(name, tuple(map(self.index, indices)), self.index(extent)))
+            case Quotient():
+                return None
+
+
+def _canonical(micro_graph: MicroGraph, statements: list[Statement]) -> Scop:
+    outputs = {v.name for v in micro_graph.outputs}
+    kept = {s.target.name: s.target for s in statements if s.target.name not in outputs}
+    tensors = {v.name: f"in{n}" for n, v in enumerate(micro_graph.inputs)}
+    tensors |= {v.name: f"out{n}" for n, v in enumerate(micro_graph.outputs)}
+    tensors |= {name: f"t{n}" for n, name in enumerate(kept)}
+    extents, symbols, products = _bind(micro_graph.inputs)
+    freed = _freed(micro_graph.inputs, statements, len(extents))
+    extents = (*extents, *(f.extent for f in freed))
+    constants = {e.number: e.extent.symbol for e in freed}
+    renaming = _Renaming(tensors, symbols, products, constants)
+    return Scop(
+        tuple(map(renaming.value, micro_graph.inputs)),
+        tuple(map(renaming.value, micro_graph.outputs)),
+        tuple(map(renaming.value, kept.values())),
+        tuple(_rename(s, renaming) for s in statements),
+        extents,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Freed:
+    """A fixed extent that becomes a run-time one."""
+
+    number: int
+    extent: Extent
+
+
+def _freed(inputs: tuple[Value, ...], statements: list[Statement], taken: int) -> tuple[_Freed, ...]:
+    """The fixed extents that the code need not know, so that layers of different widths share a kernel.
+
+    Where accesses compute with extents these stay fixed, and in reductions, whose loops gain from a known
+    length. So do short axes, which are unrolled.
+    """
+    if not all(s.reduction is None and all(map(_is_plain, access_indices(s))) for s in statements):
+        return ()
+    found: dict[int, _Freed] = {}
+    for place, value in enumerate(inputs):
+        for axis, dim in enumerate(value.shape):
+            number = dim.constant
+            if number is not None and number > _SHORT and number not in found:
+                symbol = Symbol(f"n{taken + len(found)}")
+                found[number] = _Freed(number, Extent(symbol, place, axis, Index.of(1), Index.of(0)))
+    return tuple(found.values())
+
+
+def _is_plain(index: Index) -> bool:
+    """0, or one iterator."""
+    return index.is_zero or any(index == Index.of(iterator) for iterator in index.iterators())
+
+
+def _rename(statement: Statement, renaming: _Renaming) -> Statement:
+    renaming.taken = 0
+    iterators = tuple(map(renaming.iterator, statement.iterators))
+    reduction = statement.reduction
+    if reduction is not None:
+        reduction = Reduction(reduction.op, tuple(map(renaming.iterator, reduction.iterators)))
+    # iterators of different statements must differ: they carry the statement's number
+    number = statement.name.removeprefix("S")
+    own = {
+        Iterator(i.name, i.extent): Iterator(f"{i.name}_{number}", i.extent)
+        for i in (*iterators, *(reduction.iterators if reduction else ()))
+    }
+    for old, index in list(renaming.iterators.items()):
+        (atom,) = index.atoms()
+        if isinstance(atom, Iterator) and atom in own:
+            renaming.iterators[old] = Index.of(own[atom])
+    block = Block(tuple(map(renaming.instruction, statement.block.instructions)))
+    return Statement(
+        statement.name,
+        renaming.value(statement.target),
+        tuple(map(renaming.index, statement.indices)),
+        tuple(own[i] for i in iterators),
+        None if reduction is None else Reduction(reduction.op, tuple(own[i] for i in reduction.iterators)),
+        block,
+    )
+
+
+def _bind(
+    inputs: tuple[Value, ...],
+) -> tuple[tuple[Extent, ...], dict[Symbol, Index], dict[Monomial, Symbol]]:
+    """Solves the input shapes for the symbols in them; each dimension that is solved becomes an extent.
+
+    A dimension that is a product of symbols which no input has on their own is one extent by itself.
+    """
+    extents: list[Extent] = []
+    known: dict[Symbol, Index] = {}
+    products: dict[Monomial, Symbol] = {}
+    dims = [(place, axis, dim) for place, value in enumerate(inputs) for axis, dim in enumerate(value.shape)]
+    progress = True
+    while progress:
+        progress = False
+        for place, axis, dim in dims:
+            unknown = [s for s in dim.symbols() if s not in known]
+            if len(unknown) != 1 or any(isinstance(a, Quotient) for a in dim.atoms()):
+                continue
+            factor = dim.coefficient(unknown[0])
+            if factor is None:
+                continue
+            rest = (dim - factor * Index.of(unknown[0])).substitute(_as_values(known))
+            divisor = factor.substitute(_as_values(known))
+            symbol = Symbol(f"n{len(extents)}")
+            if divisor.is_one:
+                known[unknown[0]] = Index.of(symbol) - rest
+                extents.append(Extent(symbol, place, axis, Index.of(1), Index.of(0)))
+            else:
+                known[unknown[0]] = Index.of(symbol)
+                extents.append(Extent(symbol, place, axis, divisor, rest))
+            progress = True
+    for place, axis, dim in dims:
+        if len(dim.terms) != 1 or any(s in known for s in dim.symbols()):
+            continue
+        monomial, factor_number = dim.terms[0]
+        if len(monomial) > 1 and monomial not in products:
+            symbol = Symbol(f"n{len(extents)}")
+            products[monomial] = symbol
+            known[symbol] = Index.of(symbol)
+            extents.append(Extent(symbol, place, axis, Index.of(factor_number), Index.of(0)))
+    return tuple(extents), known, products
+
+
+def _as_values(known: Mapping[Symbol, Index]) -> dict[Atom, Index]:
+    return {symbol: value for symbol, value in known.items()}

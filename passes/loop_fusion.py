@@ -1,0 +1,313 @@
+"""Layer I: polyhedral loop fusion inside a micro-graph, with isl.
+
+Dependences are computed exactly, isl's scheduler (Bondhugula et al.'s Pluto algorithm, as isl
+implements it) looks for a schedule that keeps producers and users close, and the schedule is
+checked against the dependences before anything else sees it.  No loop is shifted
+(``max_constant_term`` 0), so that a reduction and its broadcast consumers share their outer
+coincident band with one inner loop each: the shape that memory stitching needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator as Generator
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import islpy as isl
+
+from apollo_fuse.graph import Refused
+from apollo_fuse.index import Atom, Index, Iterator
+from apollo_fuse.passes.cluster_statements import MacroStatement, cluster_statements
+from apollo_fuse.scop import Parameters, Scop
+
+RULE = "loop_fusion"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One loop of a band: the iterator that each statement contributes, and whether it runs in parallel."""
+
+    iterators: tuple[tuple[str, Iterator], ...]  # (statement, its iterator)
+    coincident: bool
+
+    def of(self, statement: str) -> Iterator | None:
+        return next((i for name, i in self.iterators if name == statement), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    members: tuple[Member, ...]
+    permutable: bool
+    child: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Children one after the other; `ordered` is False where nothing depends on the order."""
+
+    children: tuple[Tree, ...]
+    ordered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """The statements that run at this point, in order."""
+
+    statements: tuple[str, ...]
+
+
+Tree: TypeAlias = Band | Sequence | Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    scop: Scop
+    tree: Tree
+
+
+def show(tree: Tree, indent: str = "") -> str:
+    """The schedule tree as text, one node a line."""
+    match tree:
+        case Leaf(statements):
+            return f"{indent}{'; '.join(statements)}\n"
+        case Sequence(children, ordered):
+            inner = "".join(show(child, indent + "  ") for child in children)
+            return f"{indent}{'sequence' if ordered else 'set'}:\n{inner}"
+        case Band(members, permutable, child):
+            loops = ", ".join(
+                "/".join(i.name for _, i in m.iterators) + ("" if m.coincident else " (sequential)")
+                for m in members
+            )
+            return (
+                f"{indent}band [{loops}]{' permutable' if permutable else ''}\n{show(child, indent + '  ')}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LoopFusion:
+    """From a Scop to its schedule tree. `isl_operations` bounds isl's work; reaching it is a refusal."""
+
+    isl_operations: int = 300_000
+
+    def __call__(self, scop: Scop) -> Fused | Refused:
+        nodes = tuple(s.name for s in scop.statements)
+        context = isl.Context()
+        context.set_schedule_max_constant_term(0)
+        context.set_schedule_treat_coalescing(0)
+        context.set_schedule_max_coefficient(1)
+        context.set_max_operations(self.isl_operations)
+        try:
+            return _schedule(context, scop)
+        except isl.Error as error:
+            if "max_operations" in str(error) or "operations" in str(error):
+                return Refused(nodes, RULE, "isl ran out of operations", f"limit {self.isl_operations}")
+            return Refused(nodes, RULE, "isl failed", str(error).splitlines()[0])
+
+
+def _schedule(context: isl.Context, scop: Scop) -> Fused | Refused:
+    nodes = tuple(s.name for s in scop.statements)
+    parameters = Parameters({})
+    macros = cluster_statements(scop.statements)
+    relations = _relations(macros, {s.target.name for s in scop.statements}, parameters)
+    if isinstance(relations, Refused):
+        return relations
+    domain_text, reads_text, writes_text, inputs_text, order_text = relations
+    domain = isl.UnionSet.read_from_str(context, domain_text)
+    reads = isl.UnionMap.read_from_str(context, reads_text).intersect_domain(domain)
+    writes = isl.UnionMap.read_from_str(context, writes_text).intersect_domain(domain)
+    inputs = isl.UnionMap.read_from_str(context, inputs_text).intersect_domain(domain)
+    order = isl.UnionMap.read_from_str(context, order_text).intersect_domain(domain)
+    flow = _dependences(reads, writes, order)
+    validity = flow.union(_dependences(writes, reads.union(writes), order)).coalesce()
+    sample = isl.Set.read_from_str(context, parameters.sample())
+    statements = {m.name: m for m in macros}
+    found: Fused | Refused | None = None
+    for proximity in _proximities(flow, inputs, order, len(macros)):
+        constraints = (
+            isl.ScheduleConstraints.on_domain(_at(domain, sample))
+            .set_validity(_at(validity, sample))
+            .set_coincidence(_at(validity, sample))
+            .set_proximity(_at(proximity, sample))
+        )
+        schedule = constraints.compute_schedule()
+        if not _legal(schedule, validity):
+            return Refused(nodes, RULE, "isl gave a schedule that breaks a dependence", schedule.to_str())
+        tree = _tree(schedule.get_root().child(0), statements, tuple(statements))
+        if not isinstance(tree, (Refused, Sequence)):
+            return Fused(scop, tree)
+        found = found or (tree if isinstance(tree, Refused) else Fused(scop, tree))
+    assert found is not None
+    return found
+
+
+def _proximities(
+    flow: isl.UnionMap, inputs: isl.UnionMap, order: isl.UnionMap, statements: int
+) -> Generator[isl.UnionMap]:
+    """What to keep close: users with their producers, then readers of one input with each other too.
+
+    In this order, since what readers have in common (a mask that is broadcast, say) may weigh more with isl
+    than the row that a reduction and its consumers share.
+    """
+    if not flow.is_empty() or statements == 1:
+        yield flow
+    if statements > 1:
+        yield flow.union(_dependences(inputs, inputs, order)).coalesce()
+
+
+_Relation = TypeVar("_Relation", isl.UnionSet, isl.UnionMap)
+
+
+def _at(relation: _Relation, sample: isl.Set) -> _Relation:
+    """The relation for one choice of the run-time extents.
+
+    Scheduled symbolically, isl may shift a loop by a whole extent, which no bound on constants
+    forbids. A schedule found for a sample has no such shifts; it is proved for all extents after.
+    """
+    return relation.intersect_params(sample).project_out_all_params()
+
+
+def _relations(
+    macros: tuple[MacroStatement, ...], written: set[str], parameters: Parameters
+) -> tuple[str, str, str, str, str] | Refused:
+    """Domain, reads and writes of kept and output tensors, reads of inputs, original order; as isl text."""
+    domains: list[str] = []
+    reads: list[str] = []
+    writes: list[str] = []
+    inputs: list[str] = []
+    order: list[str] = []
+    depth = max(len(m.domain) for m in macros)
+    for number, macro in enumerate(macros):
+        instance = f"{macro.name}[{', '.join(i.name for i in macro.domain)}]"
+        bounds = [f"0 <= {i.name} < {parameters.affine(i.extent)}" for i in macro.domain]
+        domains.append(f"{instance} : {' and '.join(bounds)}" if bounds else instance)
+        padded = [i.name for i in macro.domain] + ["0"] * (depth - len(macro.domain))
+        order.append(f"{instance} -> [{', '.join([str(number), *padded])}]")
+        for statement in macro.members:
+            own = macro.renaming(statement)
+            target = _access(statement.target.name, statement.indices, own, parameters)
+            if target is None:
+                return Refused((statement.name,), RULE, "access is not affine", str(statement.indices))
+            writes.append(f"{instance} -> {target}")
+            if statement.reduction is not None:
+                reads.append(f"{instance} -> {target}")
+            for load in statement.block.loads:
+                source = _access(load.tensor, load.indices, own, parameters)
+                if load.tensor in written:
+                    if source is None:
+                        return Refused((statement.name,), RULE, "access is not affine", str(load.indices))
+                    reads.append(f"{instance} -> {source}")
+                elif source is not None and load.indices:
+                    inputs.append(f"{instance} -> {source}")
+    head = parameters.declaration()
+
+    def text(parts: list[str]) -> str:
+        return f"{head}{{ {'; '.join(dict.fromkeys(parts))} }}"
+
+    return text(domains), text(reads), text(writes), text(inputs), text(order)
+
+
+def _access(
+    tensor: str, indices: tuple[Index, ...], own: dict[Atom, Index], parameters: Parameters
+) -> str | None:
+    texts = [parameters.affine(index.substitute(own)) for index in indices]
+    known = [text for text in texts if text is not None]
+    return f"{tensor}[{', '.join(known)}]" if len(known) == len(texts) else None
+
+
+def _dependences(sink: isl.UnionMap, source: isl.UnionMap, order: isl.UnionMap) -> isl.UnionMap:
+    access = isl.UnionAccessInfo.from_sink(sink).set_may_source(source).set_schedule_map(order)
+    return access.compute_flow().get_may_dependence()
+
+
+def _legal(schedule: isl.Schedule, validity: isl.UnionMap) -> bool:
+    """Every dependence goes forward in time."""
+    time = schedule.get_map()
+    backward = validity.apply_domain(time).apply_range(time)
+    if backward.is_empty():
+        return True
+    spaces: list[isl.Map] = []
+    backward.foreach_map(spaces.append)
+    for moved in spaces:
+        not_after = isl.Map.lex_ge(moved.get_space().domain())
+        if not moved.intersect(not_after).is_empty():
+            return False
+    return True
+
+
+def _tree(
+    node: isl.ScheduleNode, statements: dict[str, MacroStatement], active: tuple[str, ...]
+) -> Tree | Refused:
+    kind = isl.schedule_node_type(node.get_type())
+    types = isl.schedule_node_type
+    if kind == types.leaf:
+        return Leaf(tuple(member.name for name in active for member in statements[name].members))
+    if kind in (types.sequence, types.set):
+        children: list[Tree] = []
+        for place in range(node.n_children()):
+            child = node.child(place)
+            names = _names(child.filter_get_filter())
+            inner = _tree(child.child(0), statements, tuple(n for n in active if n in names))
+            if isinstance(inner, Refused):
+                return inner
+            children.append(inner)
+        return Sequence(tuple(children), kind == types.sequence)
+    if kind == types.band:
+        inner = _tree(node.child(0), statements, active)
+        members = [_member(node, place, statements, active) for place in range(node.band_n_member())]
+        if isinstance(inner, Refused):
+            return inner
+        if any(isinstance(m, Refused) for m in members):
+            return next(m for m in members if isinstance(m, Refused))
+        loops = tuple(m for m in members if isinstance(m, Member) and m.iterators)
+        permutable = bool(node.band_get_permutable())
+        return Band(loops, permutable, inner) if loops else inner
+    return Refused(active, RULE, "schedule has a node of an unknown kind", str(kind))
+
+
+def _names(filter_: isl.UnionSet) -> set[str]:
+    found: set[str] = set()
+    note: Callable[[isl.Set], None] = lambda s: found.add(str(s.get_tuple_name()))  # noqa: E731
+    filter_.foreach_set(note)
+    return found
+
+
+def _member(
+    node: isl.ScheduleNode, place: int, statements: dict[str, MacroStatement], active: tuple[str, ...]
+) -> Member | Refused:
+    """The band member as one plain iterator of each statement; anything else is refused."""
+    partial = node.band_get_partial_schedule().get_union_pw_aff(place)
+    found: dict[str, int] = {}  # the place of the iterator in the domain
+    refused: list[str] = []
+
+    def read(function: isl.PwAff) -> None:
+        name = str(function.domain().get_tuple_name())
+        domain = statements[name].domain
+        pieces: list[isl.Aff] = []
+        function.foreach_piece(lambda _, aff: pieces.append(aff))
+        if len(pieces) != 1:
+            refused.append(str(function))
+            return
+        aff = pieces[0]
+        coefficients = [aff.get_coefficient_val(isl.dim_type.in_, i).to_python() for i in range(len(domain))]
+        plain = aff.get_constant_val().is_zero() and aff.dim(isl.dim_type.div) == 0
+        if plain and sorted(coefficients) == [0] * (len(domain) - 1) + [1]:
+            found[name] = coefficients.index(1)
+        elif not (plain and all(c == 0 for c in coefficients)):
+            refused.append(str(function))
+
+    partial.foreach_pw_aff(read)
+    if refused:
+        return Refused(active, RULE, "schedule is not a plain loop order", "; ".join(refused))
+    iterators = tuple(
+        (member.name, member.domain[found[name]])
+        for name in active
+        if name in found
+        for member in statements[name].members
+    )
+    extents = {i.extent for _, i in iterators}
+    if len(extents) > 1:
+        return Refused(
+            active, RULE, "loops of different extents cannot be fused", ", ".join(sorted(map(str, extents)))
+        )
+    return Member(iterators, bool(node.band_member_get_coincident(place)))

@@ -1,0 +1,209 @@
+"""Turns nests into a kernel: where accumulators and intermediates live, and which loop runs in lanes.
+
+An intermediate read where it was written is a register.  One that another nest reads is SHARED:
+memory of the work item's own, that stays in its first or second level cache on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from apollo_fuse.expressions import Block, Instruction, Load
+from apollo_fuse.graph import Refused
+from apollo_fuse.index import ONE, ZERO, Index, Iterator
+from apollo_fuse.kernel import Buffer, Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
+from apollo_fuse.passes.nests import Nest, Nests, Placed
+from apollo_fuse.scop import tensor_size
+
+RULE = "memory_stitching"
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """The loops that wrap the statements of a nest, outermost first; the lane loop is one of them.
+
+    `lane` and `width` are set when the lanes come from the grid: accumulators and intermediates then
+    hold one element for each lane.
+    """
+
+    loops: tuple[tuple[Iterator, LoopKind, Index | None], ...] = ()
+    lane: Index | None = None
+    width: Index = ONE
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceBuffers:
+    """`shared_bytes` bounds the SHARED memory of a work item where its size is known."""
+
+    shared_bytes: int = 256 * 1024
+
+    def __call__(self, name: str, nests: Nests, grid: tuple[Iterator, ...], lanes: Lanes) -> Kernel | Refused:
+        state = _State(nests, lanes, _forwarded(nests))
+        try:
+            body = state.steps(nests.body, ())
+        except _OutOfPlace as problem:
+            return Refused(tuple(nests.placed), RULE, problem.args[0], problem.args[1])
+        scop = nests.scop
+        used = {p.statement.target.name for p in nests.placed.values()}
+        used |= {load.tensor for p in nests.placed.values() for load in p.block.loads}
+        interface = [
+            Buffer(v.name, v.dtype, tensor_size(v), Scope.GLOBAL)
+            for v in (*scop.inputs, *scop.outputs, *scop.temporaries)
+        ]
+        shared = 0
+        for buffer in state.local.values():
+            size = buffer.size.constant
+            shared += (
+                size * buffer.dtype.compute.size if size is not None and buffer.scope is Scope.SHARED else 0
+            )
+        if shared > self.shared_bytes:
+            return Refused(
+                tuple(nests.placed),
+                RULE,
+                "intermediates overflow on-chip memory",
+                f"{shared} bytes a work item",
+            )
+        return Kernel(name, (*interface, *state.local.values()), grid, body)
+
+
+class _OutOfPlace(Exception):
+    """Its arguments are the reason and the evidence."""
+
+
+def _forwarded(nests: Nests) -> frozenset[str]:
+    """Tensors whose every reader runs right after the writer, at the same place."""
+    beside: dict[str, tuple[Nest, ...]] = {}
+
+    def visit(children: tuple[Nest, ...]) -> None:
+        run: list[Nest] = []
+        for child in children:
+            if child.iterator is None:
+                run.append(child)
+            else:
+                run = []
+                visit(child.children)
+            for member in run:
+                beside[member.statement] = tuple(run)
+
+    visit(nests.body)
+    found: set[str] = set()
+    for name, placed in nests.placed.items():
+        if placed.reduced:
+            continue
+        target = placed.statement.target.name
+        together = {n.statement for n in beside[name]}
+        readers = {
+            n: load for n, p in nests.placed.items() for load in p.block.loads if load.tensor == target
+        }
+        if readers and all(n in together and load.indices[0] == placed.offset for n, load in readers.items()):
+            found.add(target)
+    return frozenset(found)
+
+
+@dataclass(slots=True)
+class _State:
+    nests: Nests
+    lanes: Lanes
+    forwarded: frozenset[str]
+    local: dict[str, Buffer] = field(default_factory=dict)
+    started: set[str] = field(default_factory=set)
+
+    def steps(self, children: tuple[Nest, ...], around: tuple[Iterator, ...]) -> tuple[Step, ...]:
+        """The steps of sibling nests; `around` holds the loops outside, without the grid."""
+        result: list[Step] = []
+        run: list[Placed] = []
+        for child in children:
+            if child.iterator is None:
+                run.append(self.nests.placed[child.statement])
+                continue
+            result += self._wrapped(run)
+            run = []
+            result += self._loop(child, child.iterator, around)
+        return (*result, *self._wrapped(run))
+
+    def _loop(self, nest: Nest, iterator: Iterator, around: tuple[Iterator, ...]) -> list[Step]:
+        beginning = [
+            p for p in self._within(nest) if iterator in p.reduced and p.statement.name not in self.started
+        ]
+        before: list[Step] = []
+        after: list[Step] = []
+        for placed in beginning:
+            self.started.add(placed.statement.name)
+            inside = placed.offset.iterators() & set(self._loops(nest))
+            if inside:
+                raise _OutOfPlace(
+                    "a reduction keeps an axis inside its own loop", ", ".join(map(str, inside))
+                )
+            accumulator = self._accumulator(placed)
+            assert placed.statement.reduction is not None
+            before.append(Initialise(accumulator, placed.statement.reduction.op))
+            if placed.statement.target.name not in self.nests.local_sizes:
+                after.append(Copy(accumulator, Target(placed.statement.target.name, placed.offset)))
+        body = self.steps(nest.children, (*around, iterator))
+        innermost = self.lanes.lane is None and not any(isinstance(step, Loop) for step in body)
+        kind = LoopKind.LANE if innermost else LoopKind.SEQUENTIAL
+        return [*self._in_lanes(before), Loop(iterator, kind, body), *self._in_lanes(after)]
+
+    def _within(self, nest: Nest) -> list[Placed]:
+        if nest.iterator is None:
+            return [self.nests.placed[nest.statement]]
+        return [p for child in nest.children for p in self._within(child)]
+
+    def _loops(self, nest: Nest) -> list[Iterator]:
+        inner = [i for child in nest.children for i in self._loops(child)]
+        return inner if nest.iterator is None else [nest.iterator, *inner]
+
+    def _wrapped(self, run: list[Placed]) -> list[Step]:
+        return self._in_lanes([self._compute(placed) for placed in run])
+
+    def _in_lanes(self, steps: list[Step]) -> list[Step]:
+        if not steps:
+            return []
+        for iterator, kind, limit in reversed(self.lanes.loops):
+            steps = [Loop(iterator, kind, tuple(steps), limit)]
+        return steps
+
+    def _compute(self, placed: Placed) -> Compute:
+        statement = placed.statement
+        target = statement.target
+        internal = target.name in self.nests.local_sizes
+        block = Block(tuple(map(self._instruction, placed.block.instructions)))
+        if placed.reduced:
+            assert statement.reduction is not None
+            return Compute(statement.name, block, (self._accumulator(placed),), statement.reduction.op)
+        targets: list[Target] = []
+        if target.name in self.forwarded:
+            name = f"{target.name}_value"
+            self.local.setdefault(name, Buffer(name, target.dtype, ONE, Scope.REGISTER))
+            targets.append(Target(name, ZERO))
+        elif internal:
+            targets.append(self._local(target.name, placed.offset))
+        if not internal:
+            targets.append(Target(target.name, placed.offset))
+        return Compute(statement.name, block, tuple(targets))
+
+    def _accumulator(self, placed: Placed) -> Target:
+        target = placed.statement.target
+        if target.name in self.nests.local_sizes:
+            return self._local(target.name, placed.offset)
+        name = f"{target.name}_sum"
+        self.local.setdefault(name, Buffer(name, target.dtype, self.lanes.width, Scope.REGISTER))
+        return Target(name, self.lanes.lane if self.lanes.lane is not None else ZERO)
+
+    def _local(self, tensor: str, offset: Index) -> Target:
+        size = self.nests.local_sizes[tensor]
+        dtype = self.nests.scop.value(tensor).dtype
+        scope = Scope.REGISTER if size.is_one else Scope.SHARED
+        self.local.setdefault(tensor, Buffer(tensor, dtype, size * self.lanes.width, scope))
+        place = offset if self.lanes.lane is None else offset * self.lanes.width + self.lanes.lane
+        return Target(tensor, place)
+
+    def _instruction(self, item: Instruction) -> Instruction:
+        if not isinstance(item, Load):
+            return item
+        if item.tensor in self.forwarded:
+            return Load(f"{item.tensor}_value", (ZERO,), item.dtype)
+        if item.tensor in self.nests.local_sizes:
+            target = self._local(item.tensor, item.indices[0])
+            return Load(target.buffer, (target.offset,), item.dtype)
+        return item

@@ -1,0 +1,192 @@
+"""From a schedule tree to kernels: grid axes, lanes, tiles, and buffers in their scopes.
+
+The outer coincident band becomes the grid.  What lies below it becomes loop nests, one after the
+other; tensors that pass between nests live in the work item's own memory (memory stitching).  The
+lane axis is the one along which most accesses are contiguous: an axis of the grid, tiled, or the
+innermost loop of each nest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from apollo_fuse.graph import Refused
+from apollo_fuse.index import ZERO, Atom, Index, Iterator
+from apollo_fuse.kernel import Kernel, KernelGroup, LoopKind
+from apollo_fuse.passes.collapse_axes import collapse_grid, collapse_loops
+from apollo_fuse.passes.fuse_nests import fuse_nests
+from apollo_fuse.passes.invert_divisors import invert_divisors
+from apollo_fuse.passes.loop_fusion import Fused, Sequence, Tree
+from apollo_fuse.passes.nests import Nests, build_nests, statements_of
+from apollo_fuse.passes.place_buffers import Lanes, PlaceBuffers
+from apollo_fuse.scop import Scop
+
+RULE = "tile_and_map"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tile sizes in elements. A tile is what one work item covers of an axis."""
+
+    lanes: int = 1024  # of an elementwise kernel
+    accumulators: int = 128  # lanes that each keep an accumulator
+    transposed: int = 32  # of an axis that reads run along while writes run along another
+    unrolled: int = 8  # greatest extent of an axis that is unrolled inside the lanes
+    whole: int = 4096  # an axis known to be at most this long is not tiled
+
+
+@dataclass(frozen=True, slots=True)
+class TileAndMap:
+    """From a schedule to its kernels.
+
+    `alone` says that the statements are those of one operator, which cannot be grouped in another way: where
+    they share no outer loop, kernels then pass intermediates to each other through memory, and a kernel
+    may run serially. For several operators either is refused.
+    """
+
+    alone: bool = False
+    tiles: Tiles = Tiles()
+    place_buffers: PlaceBuffers = PlaceBuffers()
+
+    def __call__(self, fused: Fused) -> KernelGroup | Refused:
+        scop = fused.scop
+        parts = fused.tree.children if isinstance(fused.tree, Sequence) else (fused.tree,)
+        crossing = _crossing(scop, parts)
+        if crossing and not self.alone:
+            names = tuple(s.name for s in scop.statements)
+            evidence = f"{', '.join(crossing)} would pass through memory"
+            return Refused(names, RULE, "statements do not share an outer loop", evidence)
+        temporaries = tuple(v for v in scop.kept if v.name in crossing)
+        scop = replace(
+            scop, kept=tuple(v for v in scop.kept if v.name not in crossing), temporaries=temporaries
+        )
+        kernels: list[Kernel] = []
+        for number, tree in enumerate(parts):
+            nests = build_nests(scop, tree, serial=self.alone)
+            if isinstance(nests, Refused):
+                return nests
+            nests = invert_divisors(fuse_nests(collapse_loops(collapse_grid(nests))))
+            kernel = self._map(f"k{number}", nests)
+            if isinstance(kernel, Refused):
+                return kernel
+            kernels.append(kernel)
+        return KernelGroup(scop.inputs, scop.outputs, temporaries, scop.extents, tuple(kernels))
+
+    def _map(self, name: str, nests: Nests) -> Kernel | Refused:
+        lane = _lane(nests)
+        if lane is None:
+            return self.place_buffers(name, nests, nests.grid, Lanes())
+        rest = [axis for axis in nests.grid if axis != lane]
+        if nests.has_loops:
+            return self._lanes(name, nests, rest, lane, self.tiles.accumulators)
+        unrolled = self._interleaved(nests, lane, rest)
+        if unrolled is None and self._short(lane):
+            longer = next((a for a in reversed(rest) if not self._short(a)), None)
+            lane, unrolled = (longer, lane) if longer is not None else (lane, None)
+            rest = [axis for axis in nests.grid if axis != lane]
+        if unrolled is not None:
+            rest = [axis for axis in rest if axis != unrolled]
+            return self._lanes(name, nests, rest, lane, self.tiles.lanes, unrolled=unrolled)
+        across = _transposed(nests, lane, rest)
+        if across is not None:
+            rest = [axis for axis in rest if axis != across]
+            return self._lanes(name, nests, rest, lane, 2 * self.tiles.transposed, across=across)
+        tile = self.tiles.lanes
+        known = lane.extent.constant
+        if known is not None and known <= self.tiles.whole:
+            tile = max(known, 1)
+        return self._lanes(name, nests, rest, lane, tile)
+
+    def _lanes(
+        self,
+        name: str,
+        nests: Nests,
+        rest: list[Iterator],
+        lane: Iterator,
+        tile: int,
+        *,
+        unrolled: Iterator | None = None,
+        across: Iterator | None = None,
+    ) -> Kernel | Refused:
+        """Takes lanes from an axis of the grid, and puts the other loops of a work item around them."""
+        grid = list(rest)
+        values: dict[Atom, Index] = {}
+        loops: list[tuple[Iterator, LoopKind, Index | None]] = []
+        if across is not None:
+            loops.append(self._tile(across, self.tiles.transposed, LoopKind.SEQUENTIAL, grid, values))
+        loops.append(self._tile(lane, tile, LoopKind.LANE, grid, values))
+        inside = loops[-1][0]
+        if unrolled is not None:
+            loops.append((unrolled, LoopKind.UNROLLED, None))
+        lanes = Lanes(tuple(loops), Index.of(inside), inside.extent)
+        return self.place_buffers(name, nests.substitute(values), tuple(grid), lanes)
+
+    def _tile(
+        self, axis: Iterator, tile: int, kind: LoopKind, grid: list[Iterator], values: dict[Atom, Index]
+    ) -> tuple[Iterator, LoopKind, Index | None]:
+        """Splits an axis into blocks, which join the grid, and the loop over a block."""
+        known = axis.extent.constant
+        if known is not None and known <= tile:
+            return axis, kind, None
+        block = Iterator(f"{axis.name}_block", (axis.extent + (tile - 1)) // tile)
+        inner = Iterator(axis.name, Index.of(tile))
+        grid.append(block)
+        values[axis] = Index.of(block) * tile + Index.of(inner)
+        whole = known is not None and known % tile == 0
+        return inner, kind, None if whole else axis.extent - Index.of(block) * tile
+
+    def _short(self, axis: Iterator) -> bool:
+        known = axis.extent.constant
+        return known is not None and known <= self.tiles.unrolled
+
+    def _interleaved(self, nests: Nests, lane: Iterator, rest: list[Iterator]) -> Iterator | None:
+        """A short axis that some read has innermost, with the lanes around it: pixels and their channels."""
+        for axis in rest:
+            if not self._short(axis):
+                continue
+            for offset in nests.offsets():
+                along, around = offset.coefficient(axis), offset.coefficient(lane)
+                if along is not None and along.is_one and around == axis.extent:
+                    return axis
+        return None
+
+
+def _crossing(scop: Scop, parts: tuple[Tree, ...]) -> list[str]:
+    """Tensors that one part of the tree writes and another reads."""
+    part_of = {name: place for place, tree in enumerate(parts) for name in statements_of(tree)}
+    writer = {s.target.name: part_of[s.name] for s in scop.statements}
+    found = {
+        load.tensor: None
+        for s in scop.statements
+        for load in s.block.loads
+        if writer.get(load.tensor, part_of[s.name]) != part_of[s.name]
+    }
+    return list(found)
+
+
+def _lane(nests: Nests) -> Iterator | None:
+    """The grid axis to take lanes from, or None where the innermost loops serve better."""
+    contiguous = {axis: _contiguous(nests, axis) for axis in nests.grid}
+    best = max(nests.grid, key=lambda axis: (contiguous[axis], nests.grid.index(axis)), default=None)
+    if best is None or not nests.has_loops:
+        return best
+    inner = sum(_contiguous(nests, loop) for loop in nests.innermost())
+    return best if contiguous[best] > inner else None
+
+
+def _contiguous(nests: Nests, iterator: Iterator) -> int:
+    factors = (offset.coefficient(iterator) for offset in nests.offsets())
+    return sum(1 for factor in factors if factor is not None and factor.is_one)
+
+
+def _transposed(nests: Nests, lane: Iterator, rest: list[Iterator]) -> Iterator | None:
+    """The axis that reads run along which jump along the lanes."""
+    for offset in nests.offsets():
+        jump = offset.coefficient(lane)
+        if jump is None or jump == ZERO or jump.is_one:
+            continue
+        for axis in rest:
+            along = offset.coefficient(axis)
+            if along is not None and along.is_one:
+                return axis
+    return None
