@@ -1,0 +1,70 @@
+/* Scalar operations whose C operators do not have the meaning ONNX gives them.
+ *
+ * Maxima and minima pass a NaN on.  Integer division truncates, never traps (x / 0 is 0) and wraps.
+ * Vector reductions over them are declared for `#pragma omp simd`. */
+#ifndef APOLLO_FUSE_SCALAR_H
+#define APOLLO_FUSE_SCALAR_H
+
+#include "vmath.h"
+
+#define AF_FLOAT_OPS(T, S, FMOD, FLOOR)                                                                  \
+  AF_INLINE T af_max_##S(T a, T b) { return a > b || a != a ? a : b; }                                   \
+  AF_INLINE T af_min_##S(T a, T b) { return a < b || a != a ? a : b; }                                   \
+  AF_INLINE T af_sign_##S(T x) { return x > 0 ? (T)1 : x < 0 ? (T)-1 : x; }                              \
+  AF_INLINE T af_trunc_mod_##S(T a, T b) { return FMOD(a, b); }                                          \
+  AF_INLINE T af_floor_mod_##S(T a, T b) {                                                               \
+    T r = FMOD(a, b);                                                                                    \
+    return r != 0 && (r < 0) != (b < 0) ? r + b : r;                                                     \
+  }
+
+AF_FLOAT_OPS(float, f32, fmodf, floorf)
+AF_FLOAT_OPS(double, f64, fmod, floor)
+
+#define AF_INTEGER_OPS(T, S)                                                                             \
+  AF_INLINE T af_max_##S(T a, T b) { return a > b ? a : b; }                                             \
+  AF_INLINE T af_min_##S(T a, T b) { return a < b ? a : b; }                                             \
+  AF_INLINE T af_sign_##S(T x) { return (T)((x > 0) - (x < 0)); }                                        \
+  AF_INLINE T af_div_##S(T a, T b) { return b == 0 ? 0 : b == (T)-1 ? (T)(0 - a) * ((T)-1 < 0) + (a == b) * ((T)-1 > 0) : (T)(a / b); } \
+  AF_INLINE T af_trunc_mod_##S(T a, T b) { return b == 0 || (b == (T)-1 && (T)-1 < 0) ? 0 : (T)(a % b); }  \
+  AF_INLINE T af_floor_mod_##S(T a, T b) {                                                               \
+    T r = af_trunc_mod_##S(a, b);                                                                        \
+    return r != 0 && (r < 0) != (b < 0) ? (T)(r + b) : r;                                                \
+  }
+
+AF_INTEGER_OPS(int8_t, i8)
+AF_INTEGER_OPS(int16_t, i16)
+AF_INTEGER_OPS(int32_t, i32)
+AF_INTEGER_OPS(int64_t, i64)
+AF_INTEGER_OPS(uint8_t, u8)
+AF_INTEGER_OPS(uint16_t, u16)
+AF_INTEGER_OPS(uint32_t, u32)
+AF_INTEGER_OPS(uint64_t, u64)
+
+#pragma omp declare reduction(af_max_f32 : float : omp_out = af_max_f32(omp_out, omp_in)) initializer(omp_priv = -INFINITY)
+#pragma omp declare reduction(af_min_f32 : float : omp_out = af_min_f32(omp_out, omp_in)) initializer(omp_priv = INFINITY)
+#pragma omp declare reduction(af_max_f64 : double : omp_out = af_max_f64(omp_out, omp_in)) initializer(omp_priv = -INFINITY)
+#pragma omp declare reduction(af_min_f64 : double : omp_out = af_min_f64(omp_out, omp_in)) initializer(omp_priv = INFINITY)
+
+/* Outside of the target's range as x86-64's scalar instructions have it: negative numbers wrap. */
+AF_INLINE uint64_t af_f32_to_u64(float x) {
+  return x >= 0x1p63f ? (uint64_t)(int64_t)(x - 0x1p63f) ^ UINT64_C(1) << 63 : (uint64_t)(int64_t)x;
+}
+AF_INLINE uint64_t af_f64_to_u64(double x) {
+  return x >= 0x1p63 ? (uint64_t)(int64_t)(x - 0x1p63) ^ UINT64_C(1) << 63 : (uint64_t)(int64_t)x;
+}
+
+/* The halves become the low bits of doubles of fixed exponents, which vector units without a conversion of
+ * their own can do; exact to 2^53, beyond that rounding twice can differ by a unit in the last place. */
+AF_INLINE float af_i64_to_f32(int64_t x) {
+  const uint64_t bits = (uint64_t)x;
+  const double high = af_double_of_bits((bits >> 32) ^ UINT64_C(0x4530000080000000));
+  const double low = af_double_of_bits((bits & UINT64_C(0xffffffff)) | UINT64_C(0x4330000000000000));
+  return (float)((high - 0x1.00000801p84) + low);
+}
+
+AF_INLINE int64_t af_floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+/* An index that may count from the end of an axis. */
+AF_INLINE int64_t af_wrap(int64_t index, int64_t extent) { return index < 0 ? index + extent : index; }
+
+#endif

@@ -1,0 +1,335 @@
+"""Kernels as C11: one translation unit for each kernel group, written to be read.
+
+The grid becomes the range ``[begin, end)`` that onnxruntime's thread pool hands out, lane loops
+become ``#pragma omp simd`` loops (a directive only; no OpenMP runtime is used), SHARED buffers
+become arrays on the stack or, when their size is known at run time only, scratch memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from apollo_fuse.codegen import expressions as c
+from apollo_fuse.codegen.interface import op_interface, unpack
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
+from apollo_fuse.index import ONE, Index, Indirect, Iterator
+from apollo_fuse.kernel import (
+    Buffer,
+    Compute,
+    Copy,
+    Initialise,
+    Kernel,
+    KernelGroup,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    Target,
+    walk,
+)
+
+STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
+GRAIN = 1 << 19  # cheap operations that are worth a thread
+
+
+def emit(group: KernelGroup, name: str, comment: str) -> str:
+    """The translation unit that defines ``const af_op NAME``; `comment` says what it computes."""
+    parts = [f"/* {comment} */", '#include "kernel.h"', '#include "scalar.h"', "#include <stdio.h>", ""]
+    for kernel in group.kernels:
+        parts.append(_kernel(group, kernel))
+    parts.append(op_interface(group, name))
+    return "\n".join(parts)
+
+
+def table(names: list[str], level: int) -> str:
+    """The translation unit with the library's table of ops, for a given x86-64 level."""
+    lines = ['#include "kernel.h"', *(f"extern const af_op {name};" for name in names)]
+    entries = ", ".join([*(f"&{name}" for name in names), "NULL"])
+    lines += [f"const af_op *const af_ops[] = {{{entries}}};", f"const int32_t af_x86_level = {level};"]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(slots=True)
+class _Writer:
+    kernel: Kernel
+    scalars: frozenset[str]  # buffers that are plain variables
+    lines: list[str] = field(default_factory=list)
+    depth: int = 1
+
+    def line(self, text: str) -> None:
+        self.lines.append("  " * self.depth + text)
+
+    def steps(self, steps: tuple[Step, ...]) -> None:
+        for step in steps:
+            match step:
+                case Loop():
+                    self.loop(step)
+                case Initialise(target, op):
+                    buffer = self.kernel.buffer(target.buffer)
+                    start = c.identity(op, buffer.dtype)
+                    if target.buffer in self.scalars:
+                        self.line(f"{c.compute_type(buffer.dtype)} {target.buffer} = {start};")
+                    else:
+                        self.line(f"{self.place(target)} = {start};")
+                case Copy(source, target):
+                    self.write(target, self.place(source))
+                case Compute():
+                    self.compute(step)
+
+    def loop(self, loop: Loop) -> None:
+        name, end = loop.iterator.name, c.index(loop.iterator.extent)
+        if loop.kind is LoopKind.UNROLLED:
+            for value in range(loop.iterator.extent.constant or 0):
+                self.line("{")
+                self.depth += 1
+                self.line(f"const int64_t {name} = {value};")
+                self.steps(loop.body)
+                self.depth -= 1
+                self.line("}")
+            return
+        if loop.limit is not None:
+            self.line(f"const int64_t {name}_left = {c.index(loop.limit)};")
+            end = f"({name}_left < {end} ? {name}_left : {end})"
+        if loop.kind is LoopKind.LANE:
+            self.line("#pragma omp simd" + "".join(self.clauses(loop)))
+        self.line(f"for (int64_t {name} = 0; {name} < {end}; {name}++) {{")
+        self.depth += 1
+        self.steps(loop.body)
+        self.depth -= 1
+        self.line("}")
+
+    def clauses(self, loop: Loop) -> list[str]:
+        """A reduction clause for each accumulator that the lanes share."""
+        found: dict[str, None] = {}
+        for step in walk(loop.body):
+            if isinstance(step, Compute) and step.combine is not None:
+                (target,) = step.targets
+                if target.buffer in self.scalars:
+                    dtype = self.kernel.buffer(target.buffer).dtype
+                    found[f" reduction({_combiner(step.combine, dtype)} : {target.buffer})"] = None
+        return list(found)
+
+    def compute(self, step: Compute) -> None:
+        prefix = step.statement.lower()
+        texts: list[str] = []
+        block = step.block
+        for place, item in enumerate(block.instructions):
+            text = self.instruction(block, item, texts)
+            last = place == len(block.instructions) - 1
+            if isinstance(item, Constant) or (last and not isinstance(item, Load)):
+                texts.append(text)
+                continue
+            name = f"{prefix}_{place}"
+            self.line(f"const {c.compute_type(item.dtype)} {name} = {text};")
+            texts.append(name)
+        result, dtype = texts[-1], block.dtype
+        if step.combine is not None:
+            (target,) = step.targets
+            place_text = self.place(target)
+            value = c.apply(step.combine, (place_text, f"({result})"), (dtype, dtype), dtype)
+            if step.combine is Op.ADD:
+                self.line(f"{place_text} += {result};")
+            else:
+                self.line(f"{place_text} = {value};")
+            return
+        if len(step.targets) > 1 or step.targets[0].buffer in self.scalars:
+            first, *others = step.targets
+            if first.buffer in self.scalars:
+                self.line(f"const {c.compute_type(dtype)} {first.buffer} = {result};")
+                result = first.buffer
+            else:
+                others = [first, *others]
+            for target in others:
+                self.write(target, result)
+            return
+        self.write(step.targets[0], result)
+
+    def instruction(self, block: Block, item: Instruction, texts: list[str]) -> str:
+        match item:
+            case Constant():
+                return c.literal(item)
+            case Position(index, dtype):
+                return f"({c.STORAGE[dtype.compute]})({c.index(index)})"
+            case Load(tensor, indices, dtype):
+                return self.read(Target(tensor, indices[0]))
+            case Apply(Op.MAX | Op.MIN as op, (a, b), dtype) if dtype.is_float and _is_number(block, b):
+                # one instruction on every machine, and a NaN in the operand passes through
+                sign = ">" if op is Op.MAX else "<"
+                return f"{texts[b]} {sign} {texts[a]} ? {texts[b]} : {texts[a]}"
+            case Apply(op, operands, dtype):
+                sources = tuple(block.instructions[o].dtype for o in operands)
+                return c.apply(op, tuple(texts[o] for o in operands), sources, dtype)
+
+    def place(self, target: Target) -> str:
+        if target.buffer in self.scalars:
+            return target.buffer
+        return f"{target.buffer}[{c.index(target.offset)}]"
+
+    def read(self, target: Target) -> str:
+        buffer = self.kernel.buffer(target.buffer)
+        place = self.place(target)
+        return c.load(buffer.dtype, place) if buffer.scope is Scope.GLOBAL else place
+
+    def write(self, target: Target, value: str) -> None:
+        buffer = self.kernel.buffer(target.buffer)
+        stored = c.store(buffer.dtype, value) if buffer.scope is Scope.GLOBAL else value
+        self.line(f"{self.place(target)} = {stored};")
+
+
+def _is_number(block: Block, place: int) -> bool:
+    item = block.instructions[place]
+    return isinstance(item, Constant) and item.value == item.value
+
+
+def _combiner(op: Op, dtype: DType) -> str:
+    match op:
+        case Op.ADD:
+            return "+"
+        case Op.MUL:
+            return "*"
+        case _ if dtype.compute.is_float:
+            return f"af_{op.value}_{c.SUFFIX[dtype.compute]}"
+        case _:
+            return str(op.value)
+
+
+def _kernel(group: KernelGroup, kernel: Kernel) -> str:
+    local = [b for b in kernel.buffers if b.scope is not Scope.GLOBAL]
+    scalars = frozenset(b.name for b in local if b.size.is_one)
+    arrays = [b for b in local if b.name not in scalars]
+    stack = [
+        b
+        for b in arrays
+        if _local_bytes(b).constant is not None and (_local_bytes(b).constant or 0) <= STACK_BYTES
+    ]
+    scratch = [b for b in arrays if b not in stack]
+    writer = _Writer(kernel, scalars)
+    used = _used(kernel)
+    outputs = {v.name for v in (*group.outputs, *group.temporaries)}
+    for place, value in enumerate((*group.inputs, *group.outputs, *group.temporaries)):
+        if value.name in used:
+            const = "" if value.name in outputs else "const "
+            writer.line(f"{const}{c.STORAGE[value.dtype]} *restrict {value.name} = buffers[{place}];")
+    offset = Index.of(0)
+    for buffer in scratch:
+        kind = c.compute_type(buffer.dtype)
+        writer.line(f"{kind} *restrict {buffer.name} = ({kind} *)((char *)scratch + {c.index(offset)});")
+        offset = offset + _aligned(buffer)
+    for buffer in stack:
+        kind = c.compute_type(buffer.dtype)
+        writer.line(f"_Alignas(64) {kind} {buffer.name}[{c.index(buffer.size)}];")
+    writer.line("for (int64_t item = begin; item < end; item++) {")
+    writer.depth += 1
+    _grid(writer, kernel.grid)
+    writer.steps(kernel.body)
+    writer.depth -= 1
+    writer.line("}")
+    every = _symbols(kernel)
+    items, work, bytes_needed = kernel.items, _work(kernel), offset
+    body = "\n".join(writer.lines)
+    prefix = kernel.name
+    return f"""static int64_t {prefix}_grid(const int64_t *n) {{
+  (void)n;
+{unpack(group, {s.name for s in items.symbols()})}  return {c.index(items)};
+}}
+
+static int64_t {prefix}_grain(const int64_t *n) {{
+  (void)n;
+{unpack(group, {s.name for s in work.symbols()})}  return 1 + {GRAIN} / (1 + {c.index(work)});
+}}
+
+static int64_t {prefix}_scratch(const int64_t *n) {{
+  (void)n;
+{unpack(group, {s.name for s in bytes_needed.symbols()})}  return {c.index(bytes_needed)};
+}}
+
+static void {prefix}_run(void *const *buffers, const int64_t *n, void *scratch, int64_t begin, int64_t end) {{
+  (void)n;
+  (void)scratch;
+{unpack(group, every)}{body}
+}}
+
+static const af_kernel {prefix} = {{{prefix}_grid, {prefix}_grain, {prefix}_scratch, {prefix}_run}};
+"""
+
+
+def _grid(writer: _Writer, grid: tuple[Iterator, ...]) -> None:
+    """The axes of a work item, the last one running fastest."""
+    if not grid:
+        return
+    if len(grid) == 1:
+        writer.line(f"const int64_t {grid[0].name} = item;")
+        return
+    inner = ONE
+    for place in range(len(grid) - 1, -1, -1):
+        axis = grid[place]
+        quotient = "item" if inner.is_one else f"item / ({c.index(inner)})"
+        rest = "" if place == 0 else f" % ({c.index(axis.extent)})"
+        writer.line(f"const int64_t {axis.name} = {quotient}{rest};")
+        inner = inner * axis.extent
+
+
+def _used(kernel: Kernel) -> set[str]:
+    names: set[str] = set()
+    for step in walk(kernel.body):
+        match step:
+            case Compute(_, block, targets, _):
+                names |= {t.buffer for t in targets}
+                for load in block.loads:
+                    names.add(load.tensor)
+                    names |= {a.tensor for a in load.indices[0].atoms() if isinstance(a, Indirect)}
+            case Copy(source, target):
+                names |= {source.buffer, target.buffer}
+            case Initialise() | Loop():
+                pass
+    return names
+
+
+def _symbols(kernel: Kernel) -> set[str]:
+    """The extents that the body of the kernel mentions."""
+    found: set[Index] = {axis.extent for axis in kernel.grid}
+    found |= {b.size for b in kernel.buffers if b.scope is not Scope.GLOBAL}
+    for step in walk(kernel.body):
+        match step:
+            case Loop(iterator, _, _, limit):
+                found |= {iterator.extent} | ({limit} if limit is not None else set())
+            case Compute(_, block, targets, _):
+                found |= {t.offset for t in targets}
+                for item in block.instructions:
+                    if isinstance(item, Load):
+                        found.add(item.indices[0])
+                        for atom in item.indices[0].atoms():
+                            if isinstance(atom, Indirect):
+                                found.add(atom.extent)
+                    elif isinstance(item, Position):
+                        found.add(item.index)
+            case Copy(source, target):
+                found |= {source.offset, target.offset}
+            case Initialise(target, _):
+                found.add(target.offset)
+    return {s.name for index in found for s in index.symbols()}
+
+
+def _work(kernel: Kernel) -> Index:
+    """Cheap operations in one work item."""
+
+    def cost(steps: tuple[Step, ...]) -> Index:
+        total = Index.of(0)
+        for step in steps:
+            if isinstance(step, Loop):
+                total = total + cost(step.body) * step.iterator.extent
+            elif isinstance(step, Compute):
+                total = total + (step.block.cost + 2)
+        return total
+
+    return cost(kernel.body)
+
+
+def _local_bytes(buffer: Buffer) -> Index:
+    return buffer.size * c.compute_bytes(buffer.dtype)
+
+
+def _aligned(buffer: Buffer) -> Index:
+    """Bytes of a scratch buffer, in whole cache lines."""
+    return (_local_bytes(buffer) + 63) // 64 * 64

@@ -1,0 +1,158 @@
+"""The C interface of an op: its types, how extents follow from input shapes, and its output shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+
+from apollo_fuse.codegen import expressions as c
+from apollo_fuse.graph import Value
+from apollo_fuse.index import Index, Indirect
+from apollo_fuse.kernel import Compute, Kernel, KernelGroup, walk
+from apollo_fuse.scop import tensor_size
+
+
+def op_interface(group: KernelGroup, name: str) -> str:
+    """The definition of ``const af_op NAME``, after the kernels it names."""
+    kernels = ", ".join(f"&{kernel.name}" for kernel in group.kernels)
+    counts = ", ".join(
+        str(len(part))
+        for part in (group.inputs, group.outputs, group.temporaries, group.extents, group.kernels)
+    )
+    return f"""static const int32_t input_types[] = {{{_types(group.inputs)}}};
+static const int32_t output_types[] = {{{_types(group.outputs)}}};
+static const int32_t input_ranks[] = {{{_ranks(group.inputs)}}};
+static const int32_t output_ranks[] = {{{_ranks(group.outputs)}}};
+static const af_kernel *const kernels[] = {{{kernels}}};
+
+{_bind(group)}
+{_check(group)}
+{_output_shapes(group)}
+{_temporaries(group)}
+const af_op {name} = {{
+  "{name}", {counts},
+  input_types, output_types, input_ranks, output_ranks, bind, check, output_shapes, temporary_bytes, kernels,
+}};
+"""
+
+
+def _bind(group: KernelGroup) -> str:
+    """Solves the input shapes for the extents, then checks every dimension against them."""
+    lines = [
+        "static int bind(const int64_t *const *shapes, int64_t *n, char *message, size_t message_size) {"
+    ]
+    lines += ["  (void)shapes;", "  (void)n;", "  (void)message;", "  (void)message_size;"]
+    for place, extent in enumerate(group.extents):
+        solution = f"shapes[{extent.input}][{extent.axis}]"
+        if not extent.rest.is_zero:
+            solution = f"({solution} - ({c.index(extent.rest)}))"
+        if not extent.divisor.is_one:
+            divisor = f"({c.index(extent.divisor)})"
+            solution = f"{divisor} ? {solution} / {divisor} : 0"
+        lines.append(f"  const int64_t {extent.symbol} = n[{place}] = {solution};")
+        lines.append(f"  (void){extent.symbol};")
+    for input_, value in enumerate(group.inputs):
+        for axis, dim in enumerate(value.shape):
+            solved = any(
+                e.input == input_ and e.axis == axis and e.divisor.is_one and e.rest.is_zero
+                for e in group.extents
+            )
+            if not solved:
+                found = f"shapes[{input_}][{axis}]"
+                lines += [
+                    f"  if ({found} != {c.index(dim)}) {{",
+                    "    snprintf(message, message_size,",
+                    '             "input %d has %lld elements along axis %d, expected %lld",',
+                    f"             {input_}, (long long){found}, {axis}, (long long)({c.index(dim)}));",
+                    "    return 1;",
+                    "  }",
+                ]
+    return "\n".join([*lines, "  return 0;", "}"]) + "\n"
+
+
+def _check(group: KernelGroup) -> str:
+    """Compares the least and the greatest index of each index tensor with the axis it points into."""
+    places = {value.name: place for place, value in enumerate(group.inputs)}
+    indirect = sorted({a for k in group.kernels for a in _indirect_reads(k)}, key=str)
+    axes = list(dict.fromkeys((a.tensor, a.extent) for a in indirect))
+    lines = [
+        "static int check(void *const *buffers, const int64_t *n, char *message, size_t message_size) {",
+        *("  (void)buffers;", "  (void)n;", "  (void)message;", "  (void)message_size;"),
+    ]
+    sizes = {name: tensor_size(group.inputs[places[name]]) for name, _ in axes}
+    lines += unpack(group, _names([*sizes.values(), *(extent for _, extent in axes)])).splitlines()
+    for tensor, extent in axes:
+        place, end = places[tensor], c.index(extent)
+        kind = c.STORAGE[group.inputs[place].dtype]
+        lines += [
+            "  {",
+            f"    const {kind} *{tensor} = buffers[{place}];",
+            "    int64_t least = 0, most = -1;",
+            "#pragma omp simd reduction(min : least) reduction(max : most)",
+            f"    for (int64_t i = 0; i < {c.index(sizes[tensor])}; i++) {{",
+            f"      least = {tensor}[i] < least ? {tensor}[i] : least;",
+            f"      most = {tensor}[i] > most ? {tensor}[i] : most;",
+            "    }",
+            f"    if (least < -({end}) || most >= {end}) {{",
+            "      snprintf(message, message_size,",
+            '               "input %d holds the index %lld, expected one from %lld to %lld",',
+            f"               {place}, (long long)(most >= {end} ? most : least), -(long long)({end}), "
+            f"(long long)({end}) - 1);",
+            "      return 1;",
+            "    }",
+            "  }",
+        ]
+    return "\n".join([*lines, "  return 0;", "}"]) + "\n"
+
+
+def _indirect_reads(kernel: Kernel) -> Iterable[Indirect]:
+    for step in walk(kernel.body):
+        if isinstance(step, Compute):
+            for load in step.block.loads:
+                yield from (a for a in load.indices[0].atoms() if isinstance(a, Indirect))
+
+
+def unpack(group: KernelGroup, names: Set[str]) -> str:
+    """Declarations of the extents with these names, one a line."""
+    return "".join(
+        f"  const int64_t {e.symbol} = n[{place}];\n"
+        for place, e in enumerate(group.extents)
+        if e.symbol.name in names
+    )
+
+
+def _names(indices: Iterable[Index]) -> set[str]:
+    return {s.name for index in indices for s in index.symbols()}
+
+
+def _output_shapes(group: KernelGroup) -> str:
+    dims = [dim for value in group.outputs for dim in value.shape]
+    lines = [
+        "static void output_shapes(const int64_t *n, int64_t *const *shapes) {",
+        "  (void)n;",
+        "  (void)shapes;",
+    ]
+    lines += unpack(group, _names(dims)).splitlines()
+    for place, value in enumerate(group.outputs):
+        for axis, dim in enumerate(value.shape):
+            lines.append(f"  shapes[{place}][{axis}] = {c.index(dim)};")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _temporaries(group: KernelGroup) -> str:
+    sizes = [tensor_size(value) * value.dtype.size for value in group.temporaries]
+    lines = [
+        "static void temporary_bytes(const int64_t *n, int64_t *bytes) {",
+        "  (void)n;",
+        "  (void)bytes;",
+    ]
+    lines += unpack(group, _names(sizes)).splitlines()
+    lines += [f"  bytes[{place}] = {c.index(size)};" for place, size in enumerate(sizes)]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _types(values: Sequence[Value]) -> str:
+    return ", ".join(str(v.dtype.onnx) for v in values) or "0"
+
+
+def _ranks(values: Sequence[Value]) -> str:
+    return ", ".join(str(len(v.shape)) for v in values) or "0"
