@@ -1,0 +1,1 @@
+"""Benchmarks of apollo-fuse: ``python -m benchmarks.bench``."""

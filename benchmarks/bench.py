@@ -1,0 +1,148 @@
+"""Fuses every model and measures it against onnxruntime: ``python -m benchmarks.bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import apollo_fuse
+import models
+from apollo_fuse.measure import Timing
+from benchmarks.row import comparison_from
+from benchmarks.table import Row, to_json, to_markdown
+from models import RealModel
+
+_ROOT = Path(__file__).resolve().parent.parent
+_ROW_SECONDS = 1800.0
+"""A row that takes longer hangs."""
+_PACKAGES = ("onnxruntime", "onnx", "numpy")
+
+
+def measured(name: str, folder: Path, *, seconds: float, threads: int) -> Row:
+    """The row of one model, each measurement in a process of its own; a failure is a row too."""
+    entry = models.find(name)
+    row = (
+        Row(name, real=True, core=False, memory_bound=False)
+        if isinstance(entry, RealModel)
+        else Row(name, real=False, core=entry.core, memory_bound=entry.memory_bound)
+    )
+    fused = folder / f"{name}.fused.onnx"
+    settings = ["--seconds", str(seconds), "--threads", str(threads)]
+
+    def child(mode: str, *arguments: str) -> dict[str, object]:
+        return _child([mode, name, *arguments, *settings], folder / f"{name}.json")
+
+    try:
+        row = replace(row, comparison=comparison_from(child("compare", "--fused", str(fused))))
+        row = replace(row, spinning_unfused=_timing(child("spinning")))
+        return replace(row, spinning_fused=_timing(child("spinning", "--fused", str(fused))))
+    except _Failed as failure:
+        return replace(row, error=str(failure))
+    finally:
+        for file in folder.glob(f"{name}.*"):
+            file.unlink()
+
+
+class _Failed(Exception):
+    """A measuring process did not end well; the message is the last line it wrote."""
+
+
+def _child(arguments: Sequence[str], result: Path) -> dict[str, object]:
+    mode, name, *rest = arguments
+    command = [sys.executable, "-m", "benchmarks.row", mode, name, str(result), *rest]
+    try:
+        process = subprocess.run(
+            command, cwd=_ROOT, capture_output=True, text=True, timeout=_ROW_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise _Failed(f"{mode}: no result within {_ROW_SECONDS:g} s") from None
+    if process.returncode != 0:
+        lines = process.stderr.strip().splitlines()
+        last = lines[-1] if lines and process.returncode > 0 else f"ended with status {process.returncode}"
+        raise _Failed(f"{mode}: {last}")
+    record: dict[str, object] = json.loads(result.read_text())
+    return record
+
+
+def _timing(record: Mapping[str, object]) -> Timing:
+    return Timing(**record)  # type: ignore[arg-type]
+
+
+def machine() -> dict[str, str]:
+    """What the figures belong to."""
+    facts = {"CPU": cpu_name(), "cores": str(os.cpu_count()), "system": platform.platform()}
+    facts["python"] = platform.python_version()
+    facts["apollo-fuse"] = apollo_fuse.__version__
+    return facts | {package: version(package) for package in _PACKAGES}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _summary(row: Row) -> str:
+    if row.error is not None or row.comparison is None:
+        return f"{row.name}: failed: {row.error}"
+    found = row.comparison
+    spinning = f", {row.spinning_speedup:.2f}x with spinning on" if row.spinning_speedup else ""
+    return (
+        f"{row.name}: {1e3 * found.unfused.minimum:.3f} ms -> {1e3 * found.fused.minimum:.3f} ms, "
+        f"{found.speedup:.2f}x{spinning} (noise {found.noise:.2f}x)"
+    )
+
+
+def run(
+    names: Sequence[str], *, seconds: float, threads: int, report: Callable[[str], None]
+) -> tuple[Row, ...]:
+    """The rows of the named models, each reported as it is done."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            rows.append(measured(name, Path(folder), seconds=seconds, threads=threads))
+            report(_summary(rows[-1]))
+    return tuple(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
+    parser.add_argument(
+        "--only", action="append", choices=models.names(), metavar="NAME", help="this model; may be repeated"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as markdown")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring for each comparison")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of both sessions")
+    chosen = parser.parse_args(arguments)
+    rows = run(
+        chosen.only or models.names(),
+        seconds=chosen.seconds,
+        threads=chosen.threads,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    facts = machine()
+    settings = {"seconds": chosen.seconds, "threads": chosen.threads}
+    if chosen.json:
+        chosen.json.write_text(json.dumps(to_json(rows, facts, settings), indent=2) + "\n")
+    markdown = to_markdown(rows, facts, settings)
+    if chosen.markdown:
+        chosen.markdown.write_text(markdown)
+    print(markdown)
+    return 1 if any(row.error is not None for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

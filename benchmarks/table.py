@@ -1,0 +1,160 @@
+"""What a benchmark run found: its rows, their geometric means, and both as markdown and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from apollo_fuse.measure import Timing
+from benchmarks.row import Comparison
+
+_HEADER = (
+    "model",
+    "unfused ms",
+    "fused ms",
+    "speed-up",
+    "by median",
+    "spinning on",
+    "noise",
+    "nodes",
+    "kernels",
+    "compile s",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model; `error` says what failed, and the rest is what was measured before that."""
+
+    name: str
+    real: bool
+    core: bool
+    memory_bound: bool
+    comparison: Comparison | None = None
+    spinning_unfused: Timing | None = None
+    spinning_fused: Timing | None = None
+    error: str | None = None
+
+    @property
+    def spinning_speedup(self) -> float | None:
+        if self.spinning_unfused is None or self.spinning_fused is None:
+            return None
+        return self.spinning_unfused.minimum / self.spinning_fused.minimum
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Geometric means of the speed-ups of a group; rows that failed have none, and are counted."""
+
+    group: str
+    speedup: float | None
+    median_speedup: float | None
+    spinning_speedup: float | None
+    worst: float | None
+    measured: int
+    failed: int
+
+
+def means(rows: Sequence[Row]) -> tuple[Mean, ...]:
+    groups = {
+        "core builders": [row for row in rows if row.core],
+        "memory-bound builders": [row for row in rows if row.memory_bound and not row.real],
+        "all builders": [row for row in rows if not row.real],
+        "real models": [row for row in rows if row.real],
+    }
+    return tuple(_mean(group, members) for group, members in groups.items() if members)
+
+
+def to_json(
+    rows: Sequence[Row], machine: Mapping[str, str], settings: Mapping[str, float]
+) -> dict[str, object]:
+    def record(row: Row) -> dict[str, object]:
+        speedups = {
+            "speedup": row.comparison.speedup if row.comparison else None,
+            "median_speedup": row.comparison.median_speedup if row.comparison else None,
+            "spinning_speedup": row.spinning_speedup,
+        }
+        return {**asdict(row), **speedups}
+
+    return {
+        "machine": dict(machine),
+        "settings": dict(settings),
+        "rows": [record(row) for row in rows],
+        "means": [asdict(mean) for mean in means(rows)],
+    }
+
+
+def to_markdown(rows: Sequence[Row], machine: Mapping[str, str], settings: Mapping[str, float]) -> str:
+    """Tables of the builders and of the real models, with their means and how they were measured."""
+    threads, seconds = settings["threads"], settings["seconds"]
+    sections = [
+        "# Benchmarks",
+        "\n".join(f"- {key}: {value}" for key, value in machine.items()),
+        f"Latency against onnxruntime with all its optimisations, {threads:g} threads, interleaved for "
+        f"{seconds:g} s with spinning off: least times in ms, the speed-up by them, and by medians. "
+        "Spinning on: the speed-up with each in a process of its own. Noise: the model against itself.",
+    ]
+    for title, members in (
+        ("Builders", [row for row in rows if not row.real]),
+        ("Real models", [row for row in rows if row.real]),
+    ):
+        if members:
+            sections += [f"## {title}", _grid(_HEADER, map(_cells, members))]
+    header = ("geometric mean of", "speed-up", "by median", "spinning on", "worst", "models", "failed")
+    sections += ["## Geometric means", _grid(header, map(_mean_cells, means(rows)))]
+    return "\n\n".join(sections) + "\n"
+
+
+def _mean(group: str, rows: Sequence[Row]) -> Mean:
+    measured = [row.comparison for row in rows if row.comparison is not None and row.error is None]
+    spinning = [row.spinning_speedup for row in rows if row.error is None]
+    speedups = [comparison.speedup for comparison in measured]
+    return Mean(
+        group,
+        _geometric(speedups),
+        _geometric(comparison.median_speedup for comparison in measured),
+        _geometric(speedup for speedup in spinning if speedup is not None),
+        min(speedups, default=None),
+        len(measured),
+        sum(row.error is not None for row in rows),
+    )
+
+
+def _geometric(values: Iterable[float]) -> float | None:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    name = f"{row.name} (core)" if row.core else row.name
+    if row.error is not None or row.comparison is None:
+        reason = (row.error or "not measured").replace("|", "\\|").replace("\n", " ")
+        return (name, f"failed: {reason}", *[""] * (len(_HEADER) - 2))
+    found = row.comparison
+    return (
+        name,
+        f"{1e3 * found.unfused.minimum:.3f}",
+        f"{1e3 * found.fused.minimum:.3f}",
+        _times(found.speedup),
+        _times(found.median_speedup),
+        _times(row.spinning_speedup),
+        _times(found.noise),
+        f"{found.nodes_before} -> {found.nodes_after}",
+        f"{found.distinct_kernels}",
+        f"{found.compile_seconds:.1f}",
+    )
+
+
+def _mean_cells(mean: Mean) -> tuple[str, ...]:
+    figures = (mean.speedup, mean.median_speedup, mean.spinning_speedup, mean.worst)
+    return (mean.group, *map(_times, figures), str(mean.measured), str(mean.failed))
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
