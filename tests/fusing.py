@@ -1,0 +1,77 @@
+"""Fuses a model whatever that gains, and runs it beside the original: what tests of semantics stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from apollo_fuse.driver import fuse
+from apollo_fuse.measure import session_options
+from apollo_fuse.options import InputShape, Options
+from apollo_fuse.report import Report
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A model as onnxruntime computes it with no optimisation at all, and with its kernels alone."""
+
+    original: ort.InferenceSession
+    fused: ort.InferenceSession
+    report: Report
+    unfused_nodes: tuple[str, ...]
+    """Op types of the nodes that no kernel computes."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
+        """For each output what is expected and what the kernels found."""
+        names = [output.name for output in self.original.get_outputs()]
+        expected = self.original.run(None, dict(feeds))
+        found = self.fused.run(None, dict(feeds))
+        return {
+            name: (np.asarray(a), np.asarray(b)) for name, a, b in zip(names, expected, found, strict=True)
+        }
+
+
+def reference_session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """onnxruntime's own kernels, one for each node as it stands."""
+    options = session_options(1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def fuse_to_session(
+    model: onnx.ModelProto,
+    folder: Path,
+    cache: Path,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> Fused:
+    """Fuses `model` unconditionally in `folder`; compiled kernels are kept in `cache`.
+
+    `shapes` are the input shapes to verify with. Raises VerificationError where a kernel computes
+    something else on random inputs. The functions are taken out of the fused model, so that
+    nothing but kernels can run in their place.
+    """
+    path, output = folder / "model.onnx", folder / "fused.onnx"
+    onnx.save(model, path)
+    given = tuple(InputShape(name, tuple(dims)) for name, dims in (shapes or {}).items())
+    options = Options(
+        shapes=given, measure=False, strict=True, fuse_all=True, cache_dir=cache, threads=2, seed=seed
+    )
+    report = fuse(path, output, options)
+    fused = onnx.load(output)
+    unfused = tuple(node.op_type for node in fused.graph.node if node.domain != "apollo_fuse")
+    del fused.functions[:]
+    settings = session_options(2)
+    if report.library is not None:
+        settings.register_custom_ops_library(str(report.library))
+    session = ort.InferenceSession(fused.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return Fused(reference_session(model), session, report, unfused)

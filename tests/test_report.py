@@ -1,0 +1,144 @@
+"""The report: its JSON keeps to the shipped schema, and its text tells a person what happened."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from importlib import resources
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+from apollo_fuse.render import render_compile_seconds, render_explanation, render_summary
+from apollo_fuse.report import RefusedReport, Report
+from tests.sample_report import FUSED, UNCHANGED
+
+SCHEMA = json.loads(resources.files("apollo_fuse").joinpath("report.schema.json").read_text())
+
+
+def rendered(render: Callable[[Report, Console], None], report: Report) -> str:
+    out = io.StringIO()
+    render(report, Console(file=out, width=100, emoji=False))
+    return out.getvalue()
+
+
+def test_the_schema_is_a_valid_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("report", [FUSED, UNCHANGED], ids=["fused", "unchanged"])
+def test_json_keeps_to_the_schema(report: Report) -> None:
+    written = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    jsonschema.validate(written, SCHEMA, jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize("key", SCHEMA["required"])
+def test_the_schema_refuses_a_report_without_a_required_key(key: str) -> None:
+    written = FUSED.to_json()
+    del written[key]
+    with pytest.raises(jsonschema.ValidationError, match=key):
+        jsonschema.validate(written, SCHEMA)
+
+
+def test_every_object_of_the_schema_requires_all_its_keys_and_allows_no_others() -> None:
+    objects = [SCHEMA, *(part for part in SCHEMA["$defs"].values() if part["type"] == "object")]
+    assert len(objects) == 7
+    for part in objects:
+        assert set(part["required"]) == set(part["properties"])
+        assert part["additionalProperties"] is False
+
+
+def test_json_has_the_values_of_the_report() -> None:
+    written = FUSED.to_json()
+    assert written["schema_version"] == 1
+    assert written["library"] == "net.fused.so"
+    assert UNCHANGED.to_json()["library"] is None
+    kernels = written["kernels"]
+    assert isinstance(kernels, list) and isinstance(kernels[0], dict)
+    assert kernels[0]["ops"] == ["Mul", "Add", "Relu"]
+    assert written["feedback_rounds"] == [
+        {"round": 1, "forbidden_edges": [["mul_0", "odd[0]"]], "regrouped": ["micro_graph_3"]}
+    ]
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    verification = FUSED.to_json()["verification"]
+    assert verification == {"passed": True, "cases": 8, "max_abs_error": 1e-6, "max_rel_error": None}
+
+
+def test_a_value_that_json_lacks_is_an_error() -> None:
+    refusal = RefusedReport((), "rule", "reason", evidence=object())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="object"):
+        dataclasses.replace(FUSED, refused=(refusal,)).to_json()
+
+
+def test_bytes_count_every_place_of_an_accepted_kernel() -> None:
+    assert (FUSED.bytes_before, FUSED.bytes_after) == (12 * 6144, 12 * 2048)
+    assert (UNCHANGED.bytes_before, UNCHANGED.bytes_after) == (0, 0)
+
+
+def test_the_summary_of_a_fused_model() -> None:
+    lines = [line.split() for line in rendered(render_summary, FUSED).splitlines()]
+    assert ["nodes", "60", "36"] in lines
+    assert "operators run by onnxruntime 60 24".split() in lines
+    assert "fused nodes 0 12 1 distinct kernel".split() in lines
+    assert "bytes moved by the fused part 72.0 KiB 24.0 KiB -67 %".split() in lines
+    assert "latency 2.000 ms 1.250 ms 1.60x".split() in lines
+    assert "2 Conv stays with onnxruntime conv_0, conv_1".split() in lines
+    assert "1 isl ran into its limit 5 operations at most (1)".split() in lines
+    assert ["Wrote", "net.fused.onnx"] in lines and ["net.fused.so"] in lines
+
+
+def test_the_summary_says_plainly_that_a_model_was_left_unchanged() -> None:
+    text = rendered(render_summary, UNCHANGED)
+    assert "the model was written unchanged to net.fused.onnx" in text
+    assert "net.fused.so" not in text
+
+
+def test_the_summary_shows_the_largest_refused_groups_first_and_counts_the_rest() -> None:
+    refused = tuple(RefusedReport(("n",) * size, "rule", f"reason {size}") for size in range(1, 9))
+    text = rendered(render_summary, dataclasses.replace(FUSED, refused=refused))
+    assert text.index("reason 8") < text.index("reason 7") < text.index("reason 4")
+    assert "reason 3" not in text
+    assert "6 3 more reasons --explain lists them".split() in [x.split() for x in text.splitlines()]
+
+
+def test_the_explanation_gives_kernels_refusals_with_evidence_and_feedback() -> None:
+    assert rendered(render_explanation, FUSED) == (
+        "Kernels\n"
+        "  mul_add_relu: accepted, in 12 places: measured 3.12x as fast as onnxruntime\n"
+        "    fuses Mul Add Relu (elementwise, layer I)\n"
+        "    x: float32[b, 128], w: float32[128] -> y: float32[b, 128]\n"
+        "    moves 6.0 KiB -> 2.0 KiB; takes 12.5 us -> 4.0 us\n"
+        "  exp: left out: measured slower than onnxruntime\n"
+        "    fuses Exp (elementwise, layer I)\n"
+        "    x: float32[b, 128], w: float32[128] -> y: float32[b, 128]\n"
+        "    moves 6.0 KiB -> 2.0 KiB; takes 3.0 us -> 3.5 us\n"
+        "Refused\n"
+        "  extract_clusters: Conv stays with onnxruntime (2 nodes)\n"
+        "    conv_0, conv_1\n"
+        "  loop_fusion: isl ran into its limit (1 node)\n"
+        "    5 operations at most: odd[0]\n"
+        "Feedback\n"
+        "  round 1: not together: mul_0 -> odd[0]\n"
+        "    grouped anew: micro_graph_3\n"
+    )
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
+    refused = (RefusedReport(("[bold]a[/bold]",), "[red]", "[/]:smile:"),)
+    odd = dataclasses.replace(FUSED, refused=refused)
+    assert "[/]:smile:" in rendered(render_summary, odd)
+    assert "[red]" in rendered(render_explanation, odd)
+    assert "[/]:smile:" in rendered(render_explanation, odd)
+    assert "[bold]a[/bold]" in rendered(render_explanation, odd)
+
+
+def test_the_compile_time_is_told_by_part() -> None:
+    text = rendered(render_compile_seconds, FUSED)
+    assert (
+        "Compiled in 3.50 s: partition 0.25, isl 0.50, codegen 0.25, cc 1.00, measure 1.00, verify 0.50"
+        in text
+    )
+    assert "apollo-fuse 0.1.0, onnxruntime 1.32.0" in text
