@@ -13,10 +13,10 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
+from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Pattern
 from apollo_fuse.measure import interleaved, session_options
 from apollo_fuse.options import Options
-from apollo_fuse.partition import Candidate
 from apollo_fuse.region import Interface, extract, region_inputs, swap
 from apollo_fuse.tolerance import Array
 from apollo_fuse.verify import Verdict, edge_case, verify

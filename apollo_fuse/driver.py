@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -17,12 +18,13 @@ from apollo_fuse import onnx_io
 from apollo_fuse.acceptance import Judgement, judge, needed_values
 from apollo_fuse.atomic import replacing, require_writable
 from apollo_fuse.codegen import c, link
-from apollo_fuse.errors import VerificationError
-from apollo_fuse.feeds import make_feeds
+from apollo_fuse.errors import NoFeedsError, VerificationError
+from apollo_fuse.feeds import runnable_feeds
+from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Value
 from apollo_fuse.measure import Timing, interleaved, session_options
 from apollo_fuse.options import Options
-from apollo_fuse.partition import Candidate, Plan, plan
+from apollo_fuse.partition import Plan, plan
 from apollo_fuse.progress import Progress, SilentProgress
 from apollo_fuse.region import Interface, swap
 from apollo_fuse.report import (
@@ -87,10 +89,13 @@ class _Compilation:
             infer_shapes(model)
             chosen = plan(model, self.options)
         self._dump(chosen)
+        feeds = self._feeds()
+        if feeds is None:
+            chosen = replace(chosen, candidates=())
+            feeds = {}
         with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
             trial = Path(folder)
             toolchain, objects = self._compile(chosen)
-            feeds = self._feeds()
             judgements = self._judge(model, chosen, toolchain, objects, defaults | feeds, trial)
             accepted = [x for x in chosen.candidates if judgements[x.variant].accepted]
             fused, latency, verdict = self._settle(accepted, toolchain, objects, feeds, trial, judgements)
@@ -119,12 +124,14 @@ class _Compilation:
             )
         return toolchain, dict(zip(sources, files, strict=True))
 
-    def _feeds(self) -> dict[str, Array]:
-        session = ort.InferenceSession(
-            str(self.path), session_options(self.threads), providers=["CPUExecutionProvider"]
-        )
+    def _feeds(self) -> dict[str, Array] | None:
+        """Inputs to verify and measure with, or None where there are none and nothing can be verified."""
         shapes = {shape.name: shape.dims for shape in self.options.shapes}
-        return make_feeds(session, shapes, seed=self.options.seed)
+        try:
+            return runnable_feeds(self._original(), shapes, self.options.seed)
+        except NoFeedsError as error:
+            self.warnings.append(f"{error}; nothing could be verified, so nothing was fused")
+            return None
 
     def _judge(
         self,
@@ -261,11 +268,12 @@ class _Compilation:
         folder: Path,
     ) -> Verdict:
         fused = self._fused(chosen, toolchain, objects, folder)
-        cases = [feeds, make_feeds(self._original(), self._shapes(feeds), seed=self.options.seed + 1)]
-        return verify(self._original(), fused, cases)
-
-    def _shapes(self, feeds: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
-        return {name: array.shape for name, array in feeds.items()}
+        original = self._original()
+        shapes = {name: array.shape for name, array in feeds.items()}
+        cases = [feeds]
+        with contextlib.suppress(NoFeedsError):  # the first may have been a lucky draw
+            cases.append(runnable_feeds(original, shapes, self.options.seed + 1))
+        return verify(original, fused, cases)
 
     def _bisect(
         self,

@@ -4,6 +4,13 @@ Each message names the node or file, what was found, what was expected, and what
 prints it as one line. Anything else that is raised is a defect of apollo-fuse.
 """
 
+import re
+
+_STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
+_LOADING = re.compile(r"^Load model from .*? failed: ?(Fatal error: )?")
+_SOURCE_PLACE = re.compile(r"^\S*/onnxruntime/\S+:\d+ .*?\)( const)? ")
+_INVALID = re.compile(r"^(This is an invalid model|Invalid model)\. (Error: )?")
+
 
 class ApolloFuseError(Exception):
     """The root: catching it catches every failure that apollo-fuse foresees."""
@@ -11,6 +18,10 @@ class ApolloFuseError(Exception):
 
 class UsageError(ApolloFuseError):
     """The caller asked for something that makes no sense; nothing was started."""
+
+
+class NoFeedsError(UsageError):
+    """No inputs can be made up for the model, so that nothing of it can be verified or measured."""
 
 
 class ModelError(ApolloFuseError):
@@ -31,3 +42,12 @@ class VerificationError(ApolloFuseError):
 
 class OutputError(ApolloFuseError):
     """A result cannot be written where it was asked for."""
+
+
+def what_onnxruntime_says(error: BaseException) -> str:
+    """The first line of an error of onnxruntime, without its codes, its own source places, or our path."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    for noise in (_STATUS, _LOADING, _SOURCE_PLACE, _INVALID):
+        text = noise.sub("", text)
+    return text.rstrip(".") or type(error).__name__

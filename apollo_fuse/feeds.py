@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from apollo_fuse.errors import UsageError
+from apollo_fuse.errors import NoFeedsError, UsageError, what_onnxruntime_says
 
 Kind: TypeAlias = Literal["random", "edge", "zeros", "ones"]
 """random: normal floats, small ids; edge: floats with NaN, infinities, -0.0, denormals, huge and tiny."""
@@ -20,6 +20,7 @@ Kind: TypeAlias = Literal["random", "edge", "zeros", "ones"]
 Dimension: TypeAlias = int | str | None
 """An extent, the name of an extent that equals all others of this name, or an extent of its own."""
 
+_KINDS: tuple[Kind, ...] = ("random", "ones", "zeros")
 _BATCH = 1
 _IMAGE = 224
 _OTHER = 64
@@ -52,7 +53,7 @@ Source: TypeAlias = ort.InferenceSession | onnx.ModelProto | Sequence[Input]
 def inputs_of(source: Source) -> tuple[Input, ...]:
     """The inputs a caller has to feed, initialisers left out.
 
-    Raises UsageError for an input that is not a tensor of numbers or bool.
+    Raises NoFeedsError for an input that is not a tensor of numbers or bool.
     """
     if isinstance(source, onnx.ModelProto):
         given = {initializer.name for initializer in source.graph.initializer}
@@ -70,11 +71,30 @@ def make_feeds(
 ) -> dict[str, np.ndarray]:
     """An array for each input, a function of the arguments alone.
 
-    Raises UsageError when `shapes` does not fit the model.
+    Raises UsageError when `shapes` does not fit the model, NoFeedsError as inputs_of does.
     """
     inputs = inputs_of(source)
     resolved = resolve_shapes(inputs, shapes or {})
     return {value.name: _array(value, resolved[value.name], seed, kind) for value in inputs}
+
+
+def runnable_feeds(
+    session: ort.InferenceSession, shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> dict[str, np.ndarray]:
+    """Inputs that the model runs on: random ones, or where it refuses those, ones, or else zeros.
+
+    Raises NoFeedsError where it runs on none, which happens where inputs hold shapes or indices that have
+    to fit each other.
+    """
+    refusal = ""
+    for kind in _KINDS:
+        feeds = make_feeds(session, shapes, seed, kind)
+        try:
+            session.run(None, feeds)
+            return feeds
+        except Exception as error:  # onnxruntime raises classes of its own for each status
+            refusal = refusal or what_onnxruntime_says(error)
+    raise NoFeedsError(f"onnxruntime runs the model on no inputs that could be made up: {refusal}")
 
 
 def resolve_shapes(
@@ -255,5 +275,5 @@ def _numpy_dtype(name: str, written: str) -> np.dtype[np.generic]:
     return np.dtype(dtype)
 
 
-def _unsupported(name: str, found: str) -> UsageError:
-    return UsageError(f"input {name!r} is of type {found}; expected a tensor of floats, integers or bool")
+def _unsupported(name: str, found: str) -> NoFeedsError:
+    return NoFeedsError(f"input {name!r} is of type {found}; expected a tensor of floats, integers or bool")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,17 +15,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse.atomic import replacing
-from apollo_fuse.errors import ModelError, OutputError
+from apollo_fuse.errors import ModelError, OutputError, what_onnxruntime_says
 
 _LARGE = 1_500_000_000  # bytes from which a protobuf file keeps its weights beside it
 _FATAL = 4  # onnxruntime's log level that shows fatal errors only
 _OWN_WEIGHTS = "clean.bin"  # where onnxruntime writes the weights of a large model
 _NOT_WRITTEN = "Protobuf serialization failed"
 _OVERRIDABLE_SINCE = 4  # the IR version from which an initialiser that is an input is a default value only
-_STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
-_LOADING = re.compile(r"^Load model from .*? failed: ?(Fatal error: )?")
-_SOURCE_PLACE = re.compile(r"^\S*/onnxruntime/\S+:\d+ .*?\)( const)? ")
-_INVALID = re.compile(r"^(This is an invalid model|Invalid model)\. (Error: )?")
 
 
 def load_clean(path: Path) -> ir.Model:
@@ -137,15 +132,6 @@ def write_unchanged(original: Path, path: Path) -> None:
         return
     with _writing(path), replacing(path) as temporary:
         shutil.copyfile(original, temporary)
-
-
-def what_onnxruntime_says(error: BaseException) -> str:
-    """The first line of an error of onnxruntime, without its codes, its own source places, or our path."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    for noise in (_STATUS, _LOADING, _SOURCE_PLACE, _INVALID):
-        text = noise.sub("", text)
-    return text.rstrip(".") or type(error).__name__
 
 
 @contextlib.contextmanager

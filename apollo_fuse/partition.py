@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from time import perf_counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from apollo_fuse.codegen import c
+from apollo_fuse.fusion import Candidate, FuseMicroGraph
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Refused
 from apollo_fuse.index import product
-from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.options import Options
 from apollo_fuse.passes.aggregate_ops import AggregateOps, Limits
-from apollo_fuse.passes.build_scop import BuildScop
 from apollo_fuse.passes.extract_clusters import ExtractClusters, operands
 from apollo_fuse.passes.leave_to_convolution import left_to_convolution
-from apollo_fuse.passes.loop_fusion import Fused, LoopFusion, show
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
-from apollo_fuse.passes.tile_and_map import TileAndMap
-from apollo_fuse.region import Interface, body_text, interface
-from apollo_fuse.scop import Scop
 from apollo_fuse.symbolic import values_of
 
 NOT_WORTH_IT = "aggregate_ops"  # the rule of refusals that no regrouping would help
 _SMALL = 32  # elements; below this a group computes shapes, not data
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A micro-graph that became a kernel group. Candidates of one `name` share the kernel; those that have
-    the same tensor shapes too share the `variant`, and are judged as one."""
-
-    name: str
-    micro_graph: MicroGraph
-    part: Interface
-    group: KernelGroup
-    source: str
-
-    @property
-    def variant(self) -> str:
-        values = (*self.micro_graph.inputs, *self.micro_graph.outputs)
-        return f"{self.name}({'; '.join(', '.join(map(str, v.shape)) for v in values)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,52 +40,6 @@ class Plan:
     codegen_seconds: float
 
 
-@dataclass(slots=True)
-class _Fusion:
-    """Takes micro-graphs down to kernels, each distinct one once."""
-
-    options: Options
-    names: Mapping[str, ir.Value]
-    known: dict[tuple[str, bool], KernelGroup | Refused] = field(default_factory=dict)
-    dumps: dict[str, str] = field(default_factory=dict)
-    isl_seconds: float = 0.0
-    codegen_seconds: float = 0.0
-
-    def __call__(self, micro_graph: MicroGraph) -> Candidate | Refused:
-        scop = BuildScop()(micro_graph)
-        if isinstance(scop, Refused):
-            return scop
-        key = str(scop)
-        alone = len(micro_graph.operators) == 1
-        if (key, alone) not in self.known:
-            self.known[key, alone] = self._lower(scop, key, alone)
-        group = self.known[key, alone]
-        if isinstance(group, Refused):
-            return group
-        part = interface(micro_graph, self.names)
-        start = perf_counter()
-        digest = hashlib.sha256(f"{group}\n{body_text(part)}".encode()).hexdigest()[:12]
-        types = list(dict.fromkeys(o.op_type for o in micro_graph.operators))
-        name = "_".join([*types[:4], digest])
-        comment = f"{name}: {' '.join(o.op_type for o in micro_graph.operators)}"
-        source = c.emit(group, name, comment)
-        self.dumps.setdefault(f"{name}.scop.txt", key)
-        self.dumps.setdefault(f"{name}.kernel.txt", str(group))
-        self.dumps.setdefault(f"{name}.c", source)
-        self.codegen_seconds += perf_counter() - start
-        return Candidate(name, micro_graph, part, group, source)
-
-    def _lower(self, scop: Scop, key: str, alone: bool) -> KernelGroup | Refused:
-        start = perf_counter()
-        fused = LoopFusion(self.options.isl_max_operations)(scop)
-        self.isl_seconds += perf_counter() - start
-        if not isinstance(fused, Fused):
-            return fused
-        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-        self.dumps[f"schedule_{digest}.txt"] = f"{key}\n{show(fused.tree)}"
-        return TileAndMap(alone)(fused)
-
-
 def plan(model: ir.Model, options: Options) -> Plan:
     """Every kernel that the model could have, before anything is compiled or measured."""
     graph = model.graph
@@ -124,11 +53,12 @@ def plan(model: ir.Model, options: Options) -> Plan:
     refused = [o for o in opened if isinstance(o, Refused)]
     names = {value.name: own for own, value in values.items()}
     names |= {o.outputs[0].name: o.node.outputs[0] for o in opened if isinstance(o, Operator)}
-    fusion = _Fusion(options, names)
+    fusion = FuseMicroGraph(options, names)
     aggregate = AggregateOps(Limits(options.max_area_operators, options.max_depth_operators))
     candidates: list[Candidate] = []
     rounds: list[Round] = []
-    for cluster in ExtractClusters()(graph, opened):
+    clusters = ExtractClusters()(graph, opened)
+    for cluster in clusters:
         escaping = _escaping(graph, cluster)
         forbidden: frozenset[tuple[int, int]] = frozenset()
         number = 0
@@ -143,17 +73,33 @@ def plan(model: ir.Model, options: Options) -> Plan:
             forbidden |= cuts
         candidates += [r for _, r in results if isinstance(r, Candidate)]
         refused += [_named(r, m) for m, r in results if isinstance(r, Refused)]
+    dumps = {
+        "clusters.txt": _operators_text(clusters),
+        "micro_graphs.txt": _operators_text([x.micro_graph.operators for x in candidates]),
+    }
     return Plan(
         tuple(candidates),
         tuple(refused),
         tuple(rounds),
-        fusion.dumps,
+        dumps | fusion.dumps,
         fusion.isl_seconds,
         fusion.codegen_seconds,
     )
 
 
-def _fuse(fusion: _Fusion, micro_graph: MicroGraph) -> Candidate | Refused:
+def _operators_text(groups: Iterable[tuple[Operator, ...]]) -> str:
+    """One group a paragraph, one operator a line, with its pattern and the tensors it reads and makes."""
+    paragraphs: list[str] = []
+    for number, operators in enumerate(groups):
+        lines = [f"{number}:"]
+        for o in operators:
+            reads, makes = (", ".join(map(str, values)) for values in (o.inputs, o.outputs))
+            lines.append(f"  {o.op_type} [{o.pattern.name}] {reads} -> {makes}")
+        paragraphs.append("\n".join(lines) + "\n")
+    return "\n".join(paragraphs)
+
+
+def _fuse(fusion: FuseMicroGraph, micro_graph: MicroGraph) -> Candidate | Refused:
     """What is not worth a kernel is refused before any work goes into it."""
     nodes = tuple(o.op_type for o in micro_graph.operators)
     if not micro_graph.outputs:

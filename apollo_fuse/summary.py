@@ -13,9 +13,10 @@ import onnx
 import onnx_ir as ir
 
 from apollo_fuse.acceptance import Judgement
+from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Value
 from apollo_fuse.index import Index, Symbol
-from apollo_fuse.partition import Candidate, Plan
+from apollo_fuse.partition import Plan
 from apollo_fuse.report import FeedbackRound, KernelReport, RefusedReport
 
 _PACKAGES = ("apollo-fuse", "onnx", "onnxruntime", "onnx-ir", "islpy", "numpy", "triton")

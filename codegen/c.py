@@ -89,6 +89,8 @@ class _Writer:
                 self.line("}")
             return
         if loop.limit is not None:
+            self.line("{")
+            self.depth += 1
             self.line(f"const int64_t {name}_left = {c.index(loop.limit)};")
             end = f"({name}_left < {end} ? {name}_left : {end})"
         if loop.kind is LoopKind.LANE:
@@ -98,6 +100,9 @@ class _Writer:
         self.steps(loop.body)
         self.depth -= 1
         self.line("}")
+        if loop.limit is not None:
+            self.depth -= 1
+            self.line("}")
 
     def clauses(self, loop: Loop) -> list[str]:
         """A reduction clause for each accumulator that the lanes share."""

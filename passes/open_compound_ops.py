@@ -74,13 +74,18 @@ def _operator(
         value = values.get(source)
         if value is not None:
             by_name[value.name] = value
-            unread += [value.name] if source.const_value is None else []
-        elif source.const_value is None:
+            unread += [] if is_constant(source) else [value.name]
+        elif not is_constant(source):
             raise Unsupported(f"input {place} has an unknown shape or an unsupported type")
     reads = [n for p in primitives for n in _reads(p) if n in by_name]
     inputs = {n: by_name[n] for n in (*reads, *unread)}
     outputs = (Value(name, result.dtype, result.shape),)
     return Operator(position, node.op_type, tuple(inputs.values()), outputs, primitives, node)
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Whether the value is a weight; that inference knows what a node computes does not make it one."""
+    return value.const_value is not None and value.producer() is None
 
 
 def _rename(primitives: list[Primitive], old: str, new: str) -> tuple[Primitive, ...]:

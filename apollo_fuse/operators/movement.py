@@ -11,7 +11,15 @@ from apollo_fuse.operators.registry import operator
 @operator("Reshape")
 def reshape(o: Opener) -> Tensor:
     """The result's shape is the one that shape inference proved."""
+    _require_known(o)
     return o.tensor(0).reshape(o.output_shape())
+
+
+def _require_known(o: Opener) -> None:
+    """What a model states of a shape that its caller decides is no proof."""
+    source = o.node.inputs[1] if len(o.node.inputs) > 1 else None
+    if source is not None and source.const_value is None and source.producer() is None:
+        raise Unsupported("the shape is an input of the model")
 
 
 @operator("Flatten")
@@ -59,6 +67,7 @@ def transpose(o: Opener) -> Tensor:
 
 @operator("Expand")
 def expand(o: Opener) -> Tensor:
+    _require_known(o)
     x, shape = o.tensor(0), o.output_shape()
     skipped = len(shape) - len(x.shape)
     for found, wanted in zip(x.shape, shape[skipped:], strict=True):

@@ -1,0 +1,178 @@
+"""Random ONNX models of the operators that can be fused, as a hypothesis strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+UNARY = ("Relu", "Tanh", "Sigmoid", "Abs", "Neg", "Floor", "Softplus", "Erf", "HardSwish")
+BINARY = ("Add", "Sub", "Mul", "Max", "Min")
+REDUCTIONS = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceL2")
+EXTENTS = (1, 2, 3, 5, 8, 17)
+OPEN = {5: "five", 17: "seventeen"}
+"""Extents that a model may leave open, with the names they get."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Writer:
+    """A graph that grows by one node at a time; `tensors` are floats, by name."""
+
+    open_extents: frozenset[int]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    inputs: dict[str, Shape] = field(default_factory=dict)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+    tensors: dict[str, Shape] = field(default_factory=dict)
+
+    def input(self, shape: Shape) -> str:
+        name = f"x{len(self.inputs)}"
+        self.inputs[name] = self.tensors[name] = shape
+        return name
+
+    def constant(self, array: np.ndarray) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(array, name))
+        return name
+
+    def op(self, op_type: str, reads: list[str], shape: Shape, **attributes: object) -> str:
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, reads, [name], f"n{len(self.nodes)}", **attributes))
+        self.tensors[name] = shape
+        return name
+
+    def model(self, outputs: list[str]) -> onnx.ModelProto:
+        inputs = [
+            helper.make_tensor_value_info(
+                name, TensorProto.FLOAT, [OPEN[e] if e in self.open_extents else e for e in shape]
+            )
+            for name, shape in self.inputs.items()
+        ]
+        results = [onnx.ValueInfoProto(name=name) for name in outputs]
+        graph = helper.make_graph(self.nodes, "random", inputs, results, self.constants)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A model with the shapes of its inputs."""
+
+    proto: onnx.ModelProto
+    shapes: dict[str, Shape]
+
+    def __repr__(self) -> str:
+        return f"RandomModel({self.shapes},\n{onnx.printer.to_text(self.proto.graph)})"
+
+
+@st.composite
+def models(draw: st.DrawFn, most_nodes: int = 10) -> RandomModel:
+    writer = Writer(draw(st.frozensets(st.sampled_from(sorted(OPEN)))))
+    shape = tuple(draw(st.lists(st.sampled_from(EXTENTS), min_size=1, max_size=3)))
+    for _ in range(draw(st.integers(1, 2))):
+        writer.input(shape)
+    steps = st.sampled_from((_unary, _unary, _binary, _binary, _reduce, _move, _softmax, _concat))
+    for _ in range(draw(st.integers(1, most_nodes))):
+        draw(steps)(draw, writer)
+    made = [node.output[0] for node in writer.nodes]
+    others = draw(st.lists(st.sampled_from(made), max_size=2))
+    return RandomModel(writer.model(list(dict.fromkeys([made[-1], *others]))), writer.inputs)
+
+
+def _any(draw: st.DrawFn, writer: Writer) -> str:
+    """A tensor, one of the last rather than one of the first."""
+    names = list(writer.tensors)
+    return names[-1 - min(draw(st.integers(0, 3)), len(names) - 1)]
+
+
+def _unary(draw: st.DrawFn, writer: Writer) -> None:
+    x = _any(draw, writer)
+    writer.op(draw(st.sampled_from(UNARY)), [x], writer.tensors[x])
+
+
+def _binary(draw: st.DrawFn, writer: Writer) -> None:
+    x = _any(draw, writer)
+    shape = writer.tensors[x]
+    fitting = [name for name, other in writer.tensors.items() if _broadcast(shape, other) is not None]
+    other = draw(st.sampled_from(fitting))
+    result = _broadcast(shape, writer.tensors[other])
+    if draw(st.booleans()) and not writer.open_extents:
+        weight = draw(st.sampled_from([shape, shape[-1:], (1,), ()]))
+        other, result = writer.constant(np.full(weight, 0.75, np.float32)), shape
+    assert result is not None
+    reads = [x, other] if draw(st.booleans()) else [other, x]
+    writer.op(draw(st.sampled_from(BINARY)), reads, result)
+
+
+def _broadcast(a: Shape, b: Shape) -> Shape | None:
+    rank = max(len(a), len(b))
+    pairs = list(zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True))
+    return tuple(map(max, pairs)) if all(x == y or 1 in (x, y) for x, y in pairs) else None
+
+
+def _reduce(draw: st.DrawFn, writer: Writer) -> None:
+    x = _any(draw, writer)
+    shape = writer.tensors[x]
+    if not shape:
+        return
+    axes = sorted(draw(st.sets(st.integers(0, len(shape) - 1), min_size=1)))
+    keep = draw(st.booleans())
+    result = tuple(1 if a in axes else e for a, e in enumerate(shape) if keep or a not in axes)
+    over = writer.constant(np.array(axes, np.int64))
+    writer.op(draw(st.sampled_from(REDUCTIONS)), [x, over], result, keepdims=int(keep))
+
+
+def _softmax(draw: st.DrawFn, writer: Writer) -> None:
+    x = _any(draw, writer)
+    shape = writer.tensors[x]
+    if shape:
+        op = draw(st.sampled_from(("Softmax", "LogSoftmax")))
+        writer.op(op, [x], shape, axis=draw(st.integers(0, len(shape) - 1)))
+
+
+def _concat(draw: st.DrawFn, writer: Writer) -> None:
+    x = _any(draw, writer)
+    shape = writer.tensors[x]
+    alike = [name for name, other in writer.tensors.items() if other == shape]
+    if shape:
+        axis = draw(st.integers(0, len(shape) - 1))
+        reads = [x, draw(st.sampled_from(alike))]
+        result = tuple(2 * e if a == axis else e for a, e in enumerate(shape))
+        if result[axis] < 40:
+            writer.op("Concat", reads, result, axis=axis)
+
+
+def _move(draw: st.DrawFn, writer: Writer) -> None:
+    x = _any(draw, writer)
+    shape = writer.tensors[x]
+    rank = len(shape)
+    kind = draw(st.sampled_from(("Transpose", "Unsqueeze", "Flatten", "Slice", "Gather")))
+    if kind == "Unsqueeze" and rank < 4:
+        axis = draw(st.integers(0, rank))
+        at = writer.constant(np.array([axis], np.int64))
+        writer.op(kind, [x, at], (*shape[:axis], 1, *shape[axis:]))
+    if not rank:
+        return
+    axis = draw(st.integers(0, rank - 1))
+    extent = shape[axis]
+    match kind:
+        case "Transpose":
+            permutation = draw(st.permutations(range(rank)))
+            writer.op(kind, [x], tuple(shape[p] for p in permutation), perm=permutation)
+        case "Flatten":
+            result = (int(np.prod(shape[:axis])), int(np.prod(shape[axis:])))
+            writer.op(kind, [x], result, axis=axis)
+        case "Slice" if extent > 1:
+            start, step = draw(st.integers(0, extent - 1)), draw(st.sampled_from((1, 2)))
+            places = [writer.constant(np.array([n], np.int64)) for n in (start, extent, axis, step)]
+            result = (*shape[:axis], len(range(start, extent, step)), *shape[axis + 1 :])
+            writer.op(kind, [x, *places], result)
+        case "Gather":
+            indices = draw(st.lists(st.integers(-extent, extent - 1), min_size=1, max_size=4))
+            at = writer.constant(np.array(indices, np.int64))
+            writer.op(kind, [x, at], (*shape[:axis], len(indices), *shape[axis + 1 :]), axis=axis)
+        case _:
+            pass
