@@ -115,7 +115,10 @@ def build_nests(scop: Scop, tree: Tree, serial: bool = False) -> Nests | Refused
     for axis, member in zip(grid, members, strict=True):
         for name, own in member.iterators:
             values[name][own] = Index.of(axis)
-    body = _convert(inner, statements, values, [0])
+    try:
+        body = _convert(inner, statements, values, [0])
+    except _Misplaced as problem:
+        return Refused(names, RULE, "a statement stands in a loop that is not its own", problem.args[0])
     return _place(scop, grid, body, statements, values)
 
 
@@ -143,17 +146,40 @@ def _convert(
         case Band(members, permutable, child):
             if permutable:  # loops that are kept go outside those that are reduced
                 members = tuple(sorted(members, key=lambda m: _reduces(m, statements)))
-            loops: list[Iterator] = []
-            for member in members:
-                iterator = Iterator(f"r{counter[0]}", member.iterators[0][1].extent)
-                counter[0] += 1
-                for name, own in member.iterators:
-                    values[name][own] = Index.of(iterator)
-                loops.append(iterator)
-            nests = _convert(child, statements, values, counter)
-            for iterator in reversed(loops):
-                nests = (Nest(iterator, nests),)
-            return nests
+            if not members:
+                return _convert(child, statements, values, counter)
+            member, inner = members[0], Band(members[1:], permutable, child)
+            # what is no part of the loop runs with its first turn, and needs no loop to do so
+            inside = frozenset(name for name, _ in member.iterators)
+            names = statements_of(child)
+            before = tuple(name for name in names if name not in inside)
+            if names[: len(before)] != before:
+                raise _Misplaced(", ".join(before))
+            iterator = Iterator(f"r{counter[0]}", member.iterators[0][1].extent)
+            counter[0] += 1
+            for name, own in member.iterators:
+                values[name][own] = Index.of(iterator)
+            hoisted = _convert(_restricted(inner, frozenset(before)), statements, values, counter)
+            nests = _convert(_restricted(inner, inside), statements, values, counter)
+            return (*hoisted, Nest(iterator, nests))
+
+
+class _Misplaced(Exception):
+    """Its argument names the statements."""
+
+
+def _restricted(tree: Tree, names: frozenset[str]) -> Tree:
+    """The part of the tree that runs these statements."""
+    match tree:
+        case Leaf(statements):
+            return Leaf(tuple(name for name in statements if name in names))
+        case Sequence(children, ordered):
+            return Sequence(tuple(_restricted(child, names) for child in children), ordered)
+        case Band(members, permutable, child):
+            kept = (
+                Member(tuple(pair for pair in m.iterators if pair[0] in names), m.coincident) for m in members
+            )
+            return Band(tuple(m for m in kept if m.iterators), permutable, _restricted(child, names))
 
 
 def _reduces(member: Member, statements: dict[str, Statement]) -> bool:

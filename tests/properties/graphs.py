@@ -64,8 +64,8 @@ class RandomModel:
     proto: onnx.ModelProto
     shapes: dict[str, Shape]
 
-    def __repr__(self) -> str:
-        return f"RandomModel({self.shapes},\n{onnx.printer.to_text(self.proto.graph)})"
+    def __str__(self) -> str:
+        return f"inputs {self.shapes} of\n{onnx.printer.to_text(self.proto.graph)}"
 
 
 @st.composite

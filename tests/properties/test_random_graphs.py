@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, note, settings
 
 from apollo_fuse.tolerance import compare
 from tests.fusing import fuse_to_session
@@ -15,6 +15,7 @@ from tests.properties.graphs import RandomModel, models
 
 
 def check(model: RandomModel, cache: Path) -> None:
+    note(str(model))
     with tempfile.TemporaryDirectory() as folder:
         fused = fuse_to_session(model.proto, Path(folder), cache, shapes=model.shapes)
         random = np.random.default_rng(1)
