@@ -105,6 +105,12 @@ def _read_shapes(
     help="Extents for an input with open dimensions, to measure and verify with. May be repeated.",
 )
 @click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A .npz file with arrays for inputs by name, to measure and verify with; others are made up.",
+)
+@click.option(
     "--target", type=click.Choice(TARGETS), default="auto", show_default=True, help="What to compile for."
 )
 @click.option("--explain", is_flag=True, help="Print each kernel and each refusal, with their figures.")
@@ -142,6 +148,7 @@ def main(
     model: Path,
     output: Path | None,
     shapes: tuple[InputShape, ...],
+    inputs: Path | None,
     target: str,
     explain: bool,
     json_file: Path | None,
@@ -164,6 +171,7 @@ def main(
             stream.reconfigure(errors="backslashreplace")  # names may hold letters that the terminal lacks
     options = Options(
         shapes=shapes,
+        inputs=inputs,
         target=target,
         measure=not no_measure,
         strict=strict,

@@ -6,6 +6,7 @@ prints it as one line. Anything else that is raised is a defect of apollo-fuse.
 
 import re
 
+_FAILED_NODE = re.compile(r"while running (\w+) node\. Name:'([^']*)' Status Message: (.*?)(?=Non-zero|$)")
 _STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _LOADING = re.compile(r"^Load model from .*? failed: ?(Fatal error: )?")
 _SOURCE_PLACE = re.compile(r"^\S*/onnxruntime/\S+:\d+ .*?\)( const)? ")
@@ -48,6 +49,9 @@ def what_onnxruntime_says(error: BaseException) -> str:
     """The first line of an error of onnxruntime, without its codes, its own source places, or our path."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if failed := _FAILED_NODE.findall(text):  # of nodes in bodies, the innermost is the one that failed
+        op_type, name, text = failed[-1]
+        return f"{op_type} node {name!r}: {_SOURCE_PLACE.sub('', text).rstrip('.')}"
     for noise in (_STATUS, _LOADING, _SOURCE_PLACE, _INVALID):
         text = noise.sub("", text)
     return text.rstrip(".") or type(error).__name__

@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, TypeAlias, assert_never
 
 import ml_dtypes
@@ -20,6 +22,8 @@ Kind: TypeAlias = Literal["random", "edge", "zeros", "ones"]
 Dimension: TypeAlias = int | str | None
 """An extent, the name of an extent that equals all others of this name, or an extent of its own."""
 
+_FATAL = 4
+"""onnxruntime's log level that shows fatal errors only: here a refusal is an answer."""
 _KINDS: tuple[Kind, ...] = ("random", "ones", "zeros")
 _BATCH = 1
 _IMAGE = 224
@@ -78,23 +82,54 @@ def make_feeds(
     return {value.name: _array(value, resolved[value.name], seed, kind) for value in inputs}
 
 
+def read_inputs(path: Path, inputs: Sequence[Input]) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file, each for the input of its name.
+
+    Raises UsageError where the file is none, or holds what the model does not take.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, AttributeError) as error:
+        why = getattr(error, "strerror", None) or "it is no .npz file of plain arrays"
+        raise UsageError(f"{path}: {why}; write one with numpy.savez(path, name=array)") from error
+    known = {value.name: value for value in inputs}
+    for name, array in arrays.items():
+        if name not in known:
+            expected = ", ".join(map(str, inputs)) or "none"
+            raise UsageError(
+                f"{path} holds an array for {name!r}, which is no input; the model's inputs: {expected}"
+            )
+        if array.dtype != known[name].dtype:
+            raise UsageError(f"{path}: the array for {known[name]} is of {array.dtype}; convert it")
+    return arrays
+
+
 def runnable_feeds(
-    session: ort.InferenceSession, shapes: Mapping[str, tuple[int, ...]], seed: int
+    session: ort.InferenceSession,
+    shapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+    given: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
     """Inputs that the model runs on: random ones, or where it refuses those, ones, or else zeros.
+
+    `given` are taken as they are.
 
     Raises NoFeedsError where it runs on none, which happens where inputs hold shapes or indices that have
     to fit each other.
     """
     refusal = ""
+    quiet = ort.RunOptions()
+    quiet.log_severity_level = _FATAL
     for kind in _KINDS:
-        feeds = make_feeds(session, shapes, seed, kind)
+        own = {name: array.shape for name, array in given.items()}
+        feeds = make_feeds(session, {**shapes, **own}, seed, kind) | dict(given)
         try:
-            session.run(None, feeds)
+            session.run(None, feeds, quiet)
             return feeds
         except Exception as error:  # onnxruntime raises classes of its own for each status
             refusal = refusal or what_onnxruntime_says(error)
-    raise NoFeedsError(f"onnxruntime runs the model on no inputs that could be made up: {refusal}")
+    raise NoFeedsError(f"onnxruntime runs the model on no inputs that could be made up ({refusal})")
 
 
 def resolve_shapes(

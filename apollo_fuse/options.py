@@ -67,6 +67,7 @@ class Options:
     """Everything that a caller may choose about one compilation.
 
     shapes: extents for inputs with open dimensions, used to measure and to verify; one entry an input.
+    inputs: a `.npz` file with arrays for inputs by name, to measure and verify with; others are made up.
     target: `cpu`, or `auto` for what the machine has.
     measure: decide what is kept by measuring on this machine; False decides by the cost model alone.
     strict: a kernel that fails verification is an error, instead of being dropped with a warning.
@@ -83,6 +84,7 @@ class Options:
     """
 
     shapes: tuple[InputShape, ...] = ()
+    inputs: Path | None = None
     target: str = "auto"
     measure: bool = True
     strict: bool = False

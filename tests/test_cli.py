@@ -70,7 +70,16 @@ def test_version_and_help_exit_with_success() -> None:
     assert run("--version").stdout == "apollo-fuse 0.1.0\n"
     shown = run("--help")
     assert shown.exit_code == 0
-    for option in ("--output", "--shape", "--target", "--explain", "--json", "--dump", "--no-measure"):
+    for option in (
+        "--output",
+        "--shape",
+        "--inputs",
+        "--target",
+        "--explain",
+        "--json",
+        "--dump",
+        "--no-measure",
+    ):
         assert option in shown.stdout
 
 
@@ -81,12 +90,20 @@ def test_the_default_output_lies_beside_the_model(driver: StubDriver, model: Pat
 
 def test_every_option_reaches_the_driver(driver: StubDriver, model: Path, tmp_path: Path) -> None:
     out, cache, dump = tmp_path / "out.onnx", tmp_path / "cache", tmp_path / "new" / "dump"
-    arguments = f"-o {out} --shape x:0:1,128 --shape y:7 --target cpu --no-measure --strict --threads 3"
+    arguments = f"-o {out} --shape x:0:1,128 --shape y:7 --inputs x.npz --target cpu --no-measure --strict"
+    arguments += " --threads 3"
     result = run(model, *arguments.split(), "--cache-dir", cache, "--dump", dump)
     assert result.exit_code == 0
     shapes = (InputShape("x:0", (1, 128)), InputShape("y", (7,)))
     options = Options(
-        shapes=shapes, target="cpu", measure=False, strict=True, cache_dir=cache, threads=3, dump=dump
+        shapes=shapes,
+        inputs=Path("x.npz"),
+        target="cpu",
+        measure=False,
+        strict=True,
+        cache_dir=cache,
+        threads=3,
+        dump=dump,
     )
     assert driver.calls == [(model, out, options)]
     assert dump.is_dir()

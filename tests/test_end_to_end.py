@@ -431,6 +431,51 @@ def test_metadata_stays(fuse: Callable[..., Report]) -> None:
     assert {entry.key: entry.value for entry in fused.metadata_props} == {"labels": "a,b", "author": "é"}
 
 
+NEEDY = text_model(
+    f"g (float[N, 64] x, int64[1] shape) => (float[A] w) {{ {CHAIN} w = Reshape(y, shape) }}", **SCALARS
+)
+"""Runs with a shape that fits alone, which no made-up input does."""
+
+
+def test_a_model_that_runs_on_no_input_that_is_made_up_goes_through_unfused(
+    fuse: Callable[..., Report],
+) -> None:
+    report = fuse(NEEDY, shapes=shapes_of({"x": (7, 64)}))
+    assert report.library is None and report.fused_nodes == 0
+    assert report.output.read_bytes() == report.model.read_bytes()
+    (warning,) = report.warnings
+    assert "Reshape node" in warning and "--inputs" in warning
+
+
+def test_inputs_of_the_user_make_it_fused(fuse: Callable[..., Report], tmp_path: Path) -> None:
+    feeds = {"shape": np.array([-1])}
+    np.savez(tmp_path / "own.npz", **feeds)
+    report = fuse(NEEDY, shapes=shapes_of({"x": (7, 64)}), inputs=tmp_path / "own.npz")
+    assert report.library is not None and not report.warnings
+    assert_equivalent(report, feeds | {"x": normal(5, 64)})
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"z": normal(8, 48)}, "'z', which is no input"),
+        ({"x": normal(8, 48).astype(np.float64)}, "float64"),
+        ({"x": normal(8, 47)}, "fixes it to 48"),
+        (None, "no .npz file"),
+    ],
+)
+def test_wrong_inputs_are_wrong_usage(
+    arrays: dict[str, np.ndarray] | None, words: str, fuse: Callable[..., Report], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.npz"
+    if arrays is None:
+        path.write_bytes(b"no archive")
+    else:
+        np.savez(path, **arrays)
+    with pytest.raises(UsageError, match=words):
+        fuse(memory_bound.mish(8, 48), inputs=path)
+
+
 # -- what goes wrong leaves everything as it was ------------------------------------------------------
 
 

@@ -1,0 +1,118 @@
+"""Settles which kernels stay: what the whole model computes with them, and how long it takes, decides."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from apollo_fuse.acceptance import Judgement
+from apollo_fuse.errors import NoFeedsError
+from apollo_fuse.feeds import runnable_feeds
+from apollo_fuse.fusion import Candidate
+from apollo_fuse.measure import Timing, interleaved
+from apollo_fuse.report import LatencyReport
+from apollo_fuse.tolerance import Array
+from apollo_fuse.trial import Trial
+from apollo_fuse.verify import NOTHING, Verdict, verify
+
+CLEAR_GAIN = 1.3  # from this speed-up on a kernel is a clear winner
+MODEL_RUNS = 300  # at most, of each model in one measurement
+WHOLE_MODEL_WINS = 0.99  # share of the unfused time that a fused model has to stay below
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What stays, the latency with it, and what verification found; judgements of all candidates."""
+
+    kept: tuple[Candidate, ...]
+    latency: LatencyReport
+    verdict: Verdict
+    judgements: Mapping[str, Judgement]
+
+
+@dataclass(slots=True)
+class Settle:
+    """`feeds` are the inputs to run with; `given`, those of them that hold for every run.
+
+    `complain` is told of each kernel that does not verify in the model.
+    """
+
+    trial: Trial
+    feeds: Mapping[str, Array]
+    given: Mapping[str, Array]
+    seed: int
+    complain: Callable[[str], None]
+    judgements: dict[str, Judgement] = field(default_factory=dict)
+
+    def verified(self, accepted: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], Verdict]:
+        """Those that the model computes the same with; a kernel that makes a difference is dropped."""
+        kept = tuple(accepted)
+        while kept:
+            verdict = self._verify(kept)
+            if verdict.passed:
+                return kept, verdict
+            wrong = self._bisect(kept)
+            self.complain(f"kernel {wrong} does not verify in the model: {verdict.problem}")
+            self._drop([x for x in kept if x.name == wrong], "does not verify in the model")
+            kept = tuple(x for x in kept if x.name != wrong)
+        return (), NOTHING
+
+    def fastest(self, accepted: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], LatencyReport]:
+        """Measures the model with all kernels and with the clearest winners alone, and keeps the best.
+
+        What is not a clear win is measured once more, for longer, before it is given up.
+        """
+        threads = self.trial.threads
+        clear = tuple(x for x in accepted if _gain(self.judgements[x.variant]) >= CLEAR_GAIN)
+        choices = [tuple(accepted)] + ([clear] if clear and len(clear) < len(accepted) else [])
+        sessions = [self.trial.original(), *map(self.trial.fused, choices)]
+        for seconds in (1.0, 3.0):
+            unfused, *fused = interleaved(
+                sessions, self.feeds, seconds=seconds * len(sessions), maximum_runs=MODEL_RUNS
+            )
+            best = min(range(len(fused)), key=lambda n: fused[n].median)
+            if _wins(fused[best], unfused):
+                break
+        else:
+            self._drop(accepted, "the whole model does not get faster")
+            return (), _latency(unfused, unfused, threads)
+        kept = choices[best]
+        self._drop([x for x in accepted if x not in kept], "the model is faster without it")
+        return kept, _latency(unfused, fused[best], threads)
+
+    def _verify(self, chosen: Sequence[Candidate]) -> Verdict:
+        original = self.trial.original()
+        shapes = {name: array.shape for name, array in self.feeds.items()}
+        cases = [self.feeds]
+        with contextlib.suppress(NoFeedsError):  # the first may have been a lucky draw
+            cases.append(runnable_feeds(original, shapes, self.seed + 1, self.given))
+        return verify(original, self.trial.fused(chosen), cases)
+
+    def _bisect(self, suspects: Sequence[Candidate]) -> str:
+        """The name of a kernel that makes the model wrong."""
+        names = sorted({x.name for x in suspects})
+        while len(names) > 1:
+            half = set(names[: len(names) // 2])
+            wrong = not self._verify([x for x in suspects if x.name in half]).passed
+            names = [n for n in names if (n in half) == wrong]
+        return names[0]
+
+    def _drop(self, candidates: Sequence[Candidate], reason: str) -> None:
+        for variant in {x.variant for x in candidates}:
+            self.judgements[variant] = replace(self.judgements[variant], reason=reason)
+
+
+def _gain(judgement: Judgement) -> float:
+    if judgement.unfused is None or judgement.fused is None:
+        return 0.0
+    return judgement.unfused / judgement.fused
+
+
+def _wins(fused: Timing, unfused: Timing) -> bool:
+    return fused.median < WHOLE_MODEL_WINS * unfused.median and fused.minimum < unfused.minimum
+
+
+def _latency(unfused: Timing, fused: Timing, threads: int) -> LatencyReport:
+    speedup = unfused.minimum / fused.minimum
+    return LatencyReport(unfused.minimum * 1e3, fused.minimum * 1e3, speedup, unfused.runs, threads)

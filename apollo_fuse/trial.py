@@ -1,0 +1,120 @@
+"""The model with some of its kernels in it: as sessions to try, and as the files that are written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from apollo_fuse import onnx_io
+from apollo_fuse.atomic import replacing
+from apollo_fuse.codegen import c, link
+from apollo_fuse.fusion import Candidate
+from apollo_fuse.measure import session_options
+from apollo_fuse.region import Interface, swap
+from apollo_fuse.tolerance import Array
+
+
+def open_session(path: Path, threads: int, library: Path | None = None) -> ort.InferenceSession:
+    """The model at `path` in onnxruntime with all its optimisations, and with the kernels of `library`."""
+    settings = session_options(threads)
+    if library is not None:
+        settings.register_custom_ops_library(str(library))
+    return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What it takes to make the fused model; `clean` is not changed, `folder` takes the files of trials."""
+
+    path: Path
+    clean: ir.Model
+    toolchain: link.Toolchain
+    objects: Mapping[str, Path]
+    cache: Path
+    threads: int
+    folder: Path
+
+    def original(self) -> ort.InferenceSession:
+        return open_session(self.path, self.threads)
+
+    def fused(self, chosen: Sequence[Candidate]) -> ort.InferenceSession:
+        """The model with these candidates in it."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            path = Path(place, "fused.onnx")
+            return open_session(path, self.threads, self.write(chosen, path))
+
+    def library(self, chosen: Sequence[Candidate], path: Path) -> None:
+        """Links the kernels of these candidates."""
+        names = sorted({x.name for x in chosen})
+        table = c.table(names, self.toolchain.level)
+        link.link_library([self.objects[n] for n in names], table, path, self.toolchain, self.cache)
+
+    def write(self, chosen: Sequence[Candidate], path: Path) -> Path:
+        """Writes the model with these candidates, and its library beside it; gives the library's path.
+
+        Where that fails, neither file has changed.
+        """
+        library = path.with_suffix(".so")
+        with replacing(library) as temporary:
+            self.library(chosen, temporary)
+            onnx_io.write(self._swapped(chosen), path)
+        return library
+
+    def _swapped(self, chosen: Sequence[Candidate]) -> ir.Model:
+        model = self.clean.clone()
+        positions = dict(enumerate(model.graph))
+        for candidate in chosen:
+            swap(model, _relocated(candidate, positions), candidate.name)
+        model.graph.sort()
+        return model
+
+
+def capture(
+    model: ir.Model, wanted: Mapping[str, ir.Value], feeds: Mapping[str, Array], threads: int
+) -> dict[str, Array]:
+    """The values of these tensors, by name, in one run of the model."""
+    inputs = {v.name for v in model.graph.inputs}
+    proto = ir.to_proto(model)
+    del proto.graph.output[:]
+    names = [name for name in wanted if name not in inputs]
+    for name in names:
+        value = wanted[name]
+        entry = proto.graph.output.add()
+        entry.name = name
+        if value.dtype is not None:
+            entry.type.tensor_type.elem_type = value.dtype.value
+    captured = {name: np.asarray(feeds[name]) for name in wanted if name in inputs}
+    if names:
+        session = ort.InferenceSession(
+            proto.SerializeToString(), session_options(threads), providers=["CPUExecutionProvider"]
+        )
+        captured |= dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    return captured
+
+
+def _relocated(candidate: Candidate, positions: Mapping[int, ir.Node]) -> Interface:
+    """The candidate's interface in another copy of the same clean model."""
+    pairs = [(o.node, positions[o.position]) for o in candidate.micro_graph.operators]
+    values: dict[ir.Value, ir.Value] = {}
+    for old, new in pairs:
+        for a, b in zip((*old.inputs, *old.outputs), (*new.inputs, *new.outputs), strict=True):
+            if a is not None and b is not None:
+                values[a] = b
+    part = candidate.part
+    return Interface(
+        tuple(new for _, new in pairs),
+        tuple(values[v] for v in part.inputs),
+        tuple(values[v] for v in part.outputs),
+    )
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0))
