@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
+from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.expressions import Apply, Block, Op
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Pattern
@@ -20,7 +21,7 @@ from apollo_fuse.measure import interleaved, session_options
 from apollo_fuse.options import Options
 from apollo_fuse.region import Interface, extract, region_inputs, swap
 from apollo_fuse.tolerance import Array
-from apollo_fuse.verify import Verdict, edge_case, verify
+from apollo_fuse.verify import Verdict, coarsest, edge_case, failed, verify
 
 _CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
 WINS = 0.97  # share of the unfused time that a kernel has to stay below
@@ -73,15 +74,21 @@ def judge(
     threads: int,
 ) -> Judgement:
     """Verifies the kernel alone, on captured and edge inputs, then measures it in its context if wanted."""
-    alone = _Region(candidate, candidate.part.nodes, opsets, library, threads)
+    try:
+        alone = _Region(candidate, candidate.part.nodes, opsets, library, threads)
+    except Exception as error:  # onnxruntime raises classes of its own for each status
+        verdict = failed(what_onnxruntime_says(error))
+        return Judgement(verdict, None, None, f"does not load: {verdict.problem}")
     feeds = alone.feeds(arrays)
-    verdict = verify(alone.unfused, alone.fused, [feeds])
+    precision = coarsest([candidate.micro_graph])
+    verdict = verify(alone.unfused, alone.fused, [feeds], precision)
     if not verdict.passed:
         return Judgement(verdict, None, None, f"does not verify: {verdict.problem}")
     sparse = candidate.micro_graph.pattern >= Pattern.REDUCTION
     # what integer NaN or inf becomes is open in ONNX, and in onnxruntime varies with its vector loops
     finite = any(_makes_integers(p.block) for p in candidate.micro_graph.primitives)
-    edges = verify(alone.unfused, alone.fused, [edge_case(feeds, options.seed, sparse=sparse, finite=finite)])
+    special = edge_case(feeds, options.seed, sparse=sparse, finite=finite)
+    edges = verify(alone.unfused, alone.fused, [special], precision)
     if not edges.passed:
         return Judgement(edges, None, None, f"does not verify on edge values: {edges.problem}")
     verdict = verdict.joined(edges)

@@ -138,7 +138,7 @@ class _Compilation:
         trial.library(list(distinct.values()), library)
         found: dict[str, Judgement] = {}
         with self._timed(stage):
-            arrays = capture(model, needed_values(list(distinct.values())), feeds, self.threads)
+            arrays = capture(trial.clean, needed_values(list(distinct.values())), feeds, self.threads)
             self._note_shapes(chosen, arrays)
             opsets = dict(model.opset_imports)
             for variant, candidate in distinct.items():

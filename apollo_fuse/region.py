@@ -129,6 +129,9 @@ def extract(nodes: Sequence[ir.Node], opsets: Mapping[str, int], outputs: Iterab
                 inputs.append(new)
             values[value] = new
     copies = [_copy(node, values, prefix="v") for node in nodes]
+    for copy in copies:
+        for output in copy.outputs:
+            output.shape = None  # symbols mean nothing outside of their graph
     results: list[ir.Value] = []
     for number, value in enumerate(outputs):
         values[value].name = f"y{number}"

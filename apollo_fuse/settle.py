@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from apollo_fuse.acceptance import Judgement
-from apollo_fuse.errors import NoFeedsError
+from apollo_fuse.errors import ApolloFuseError, NoFeedsError, what_onnxruntime_says
 from apollo_fuse.feeds import runnable_feeds
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.measure import Timing, interleaved
 from apollo_fuse.report import LatencyReport
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial
-from apollo_fuse.verify import NOTHING, Verdict, verify
+from apollo_fuse.verify import NOTHING, Verdict, coarsest, failed, verify
 
 CLEAR_GAIN = 1.3  # from this speed-up on a kernel is a clear winner
 MODEL_RUNS = 300  # at most, of each model in one measurement
@@ -87,7 +87,13 @@ class Settle:
         cases = [self.feeds]
         with contextlib.suppress(NoFeedsError):  # the first may have been a lucky draw
             cases.append(runnable_feeds(original, shapes, self.seed + 1, self.given))
-        return verify(original, self.trial.fused(chosen), cases)
+        try:
+            fused = self.trial.fused(chosen)
+        except ApolloFuseError:
+            raise
+        except Exception as error:  # onnxruntime raises classes of its own for each status
+            return failed(f"onnxruntime does not load the model: {what_onnxruntime_says(error)}")
+        return verify(original, fused, cases, coarsest(x.micro_graph for x in chosen))
 
     def _bisect(self, suspects: Sequence[Candidate]) -> str:
         """The name of a kernel that makes the model wrong."""

@@ -41,8 +41,12 @@ class Difference:
         return not self.problem
 
 
-def compare(name: str, expected: Array, found: Array) -> Difference:
-    """Integers and booleans must be equal; NaN must meet NaN, and infinities their like."""
+def compare(name: str, expected: Array, found: Array, coarsest: DType | None = None) -> Difference:
+    """Integers and booleans must be equal; NaN must meet NaN, and infinities their like.
+
+    `coarsest` is the floating-point type of least precision on the way to the result, where that is another
+    than the result's own: doubles that were computed in single precision agree to single precision.
+    """
     if expected.shape != found.shape or expected.dtype != found.dtype:
         wanted, got = f"{expected.dtype}{list(expected.shape)}", f"{found.dtype}{list(found.shape)}"
         return Difference(np.inf, np.inf, f"{name} is {got}, expected {wanted}")
@@ -51,6 +55,8 @@ def compare(name: str, expected: Array, found: Array) -> Difference:
         wrong = int(np.count_nonzero(expected != found))
         problem = f"{name} differs in {wrong} of {expected.size} elements" if wrong else ""
         return Difference(float(wrong > 0), float(wrong > 0), problem)
+    if coarsest is not None and RELATIVE[coarsest] > RELATIVE[dtype]:
+        dtype = coarsest
     a, b = expected.astype(np.float64), found.astype(np.float64)
     finite = np.isfinite(a)
     same = np.array_equal(np.isnan(a), np.isnan(b)) and np.array_equal(a[np.isinf(a)], b[np.isinf(a)])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
 
-from apollo_fuse.tolerance import Array, compare
+from apollo_fuse.dtypes import DType
+from apollo_fuse.errors import what_onnxruntime_says
+from apollo_fuse.graph import MicroGraph
+from apollo_fuse.tolerance import RELATIVE, Array, compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,33 @@ class Verdict:
 NOTHING = Verdict(0, 0.0, 0.0, "")
 
 
+def failed(problem: str) -> Verdict:
+    """The verdict on what cannot be run at all."""
+    return Verdict(1, np.inf, np.inf, problem)
+
+
+def coarsest(micro_graphs: Iterable[MicroGraph]) -> DType | None:
+    """The floating-point type of least precision that these kernels compute in, or None if in none."""
+    found = {
+        item.dtype
+        for micro_graph in micro_graphs
+        for primitive in micro_graph.primitives
+        for item in primitive.block.instructions
+        if item.dtype.is_float
+    }
+    return max(found, key=lambda dtype: RELATIVE[dtype], default=None)
+
+
 def verify(
-    original: ort.InferenceSession, fused: ort.InferenceSession, cases: Sequence[Mapping[str, Array]]
+    original: ort.InferenceSession,
+    fused: ort.InferenceSession,
+    cases: Sequence[Mapping[str, Array]],
+    precision: DType | None = None,
 ) -> Verdict:
-    """Runs both on every case; the first difference beyond tolerance is the problem."""
+    """Runs both on every case; the first difference beyond tolerance is the problem.
+
+    `precision` is the coarsest that the kernels between them compute in, as `coarsest` finds it.
+    """
     verdict = NOTHING
     names = [output.name for output in original.get_outputs()]
     for feeds in cases:
@@ -45,11 +71,11 @@ def verify(
         try:
             found = fused.run(None, dict(feeds))
         except Exception as error:  # onnxruntime raises classes of its own for each status
-            return verdict.joined(Verdict(1, np.inf, np.inf, str(error).strip().splitlines()[0]))
+            return verdict.joined(failed(what_onnxruntime_says(error)))
         for name, a, b in zip(names, expected, found, strict=True):
             if not isinstance(a, np.ndarray):
                 continue  # sequences and maps are passed by
-            difference = compare(name, a, b)
+            difference = compare(name, a, b, precision)
             verdict = verdict.joined(Verdict(0, difference.absolute, difference.relative, difference.problem))
         verdict = verdict.joined(Verdict(1, 0.0, 0.0, ""))
     return verdict

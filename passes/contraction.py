@@ -1,8 +1,12 @@
-"""An acyclic graph whose nodes are merged step by step, and stays acyclic."""
+"""An acyclic graph whose nodes are merged step by step, and stays acyclic.
+
+Groups are kept in a topological order that is mended locally at each merge, as Pearce and Kelly do it
+("A dynamic topological sort algorithm for directed acyclic graphs", JEA 11, 2007); it bounds every search.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class Contraction:
@@ -16,8 +20,7 @@ class Contraction:
         for node, users in enumerate(self._successors):
             for user in users:
                 self._predecessors[user].add(node)
-        self._first = list(range(count))  # least and greatest number in the group
-        self._last = list(range(count))
+        self._rank = list(range(count))  # less than that of every group which needs it
         self.members: list[list[int]] = [[node] for node in range(count)]
 
     def find(self, node: int) -> int:
@@ -36,39 +39,49 @@ class Contraction:
         return {self.find(node) for node in self._predecessors[group]} - {group}
 
     def detour(self, producer: int, user: int) -> bool:
-        """Whether a path leads from one group to the other through a third: merging would close a cycle.
-
-        A group can only lie on such a path when one of its members comes before the user's last.
-        """
-        end = self._last[user]
-        pending = [group for group in self.successors(producer) if group != user]
-        seen = {producer, *pending}
-        while pending:
-            group = pending.pop()
-            if group == user:
-                return True
-            if self._first[group] >= end:
-                continue
-            for following in self.successors(group):
-                if following == user:
-                    return True
-                if following not in seen:
-                    seen.add(following)
-                    pending.append(following)
-        return False
+        """Whether a path leads from one group to the other through a third: merging would close a cycle."""
+        end = self._rank[user]
+        first = [group for group in self.successors(producer) if group != user]
+        between = _reached(first, self.successors, lambda group: self._rank[group] < end)
+        return any(user in self.successors(group) for group in between)
 
     def merge(self, a: int, b: int) -> int:
-        """Joins two groups and gives the number that stands for both."""
+        """Joins two groups without a detour between them, and gives the number that stands for both."""
+        first, last = (a, b) if self._rank[a] < self._rank[b] else (b, a)
+        low, high = self._rank[first], self._rank[last]
+        others = (g for g in self.predecessors(last) if g != first)
+        before = _reached(others, self.predecessors, lambda g: self._rank[g] > low)
+        others = (g for g in self.successors(first) if g != last)
+        behind = _reached(others, self.successors, lambda g: self._rank[g] < high)
+
         keep, drop = (a, b) if len(self.members[a]) >= len(self.members[b]) else (b, a)
         self._parent[drop] = keep
         self._successors[keep] |= self._successors[drop]
         self._predecessors[keep] |= self._predecessors[drop]
-        self._first[keep] = min(self._first[keep], self._first[drop])
-        self._last[keep] = max(self._last[keep], self._last[drop])
         self.members[keep] = sorted(self.members[keep] + self.members[drop])
+
+        by_rank = self._rank.__getitem__
+        order = [*sorted(before, key=by_rank), keep, *sorted(behind, key=by_rank)]
+        ranks = sorted([low, high, *map(by_rank, before), *map(by_rank, behind)])
+        for group, rank in zip(order, ranks, strict=False):  # one rank is left over
+            self._rank[group] = rank
         return keep
 
     def groups(self) -> list[list[int]]:
         """The members of every group, each sorted, ordered by their first member."""
         roots = {self.find(node) for node in range(len(self._parent))}
         return sorted(self.members[root] for root in roots)
+
+
+def _reached(
+    start: Iterable[int], following: Callable[[int], set[int]], within: Callable[[int], bool]
+) -> set[int]:
+    """The groups that can be reached from `start`, itself included, over groups that lie within bounds."""
+    pending = [group for group in start if within(group)]
+    seen = set(pending)
+    while pending:
+        for group in following(pending.pop()):
+            if group not in seen and within(group):
+                seen.add(group)
+                pending.append(group)
+    return seen

@@ -14,6 +14,7 @@ from onnx.backend.test.loader import load_model_tests
 
 import apollo_fuse
 from apollo_fuse import InputShape, Options
+from apollo_fuse.dtypes import DType
 from apollo_fuse.operators import DESCRIPTIONS
 from apollo_fuse.tolerance import compare
 from tests.fusing import reference_session
@@ -50,7 +51,7 @@ def test_node_model(name: str, tmp_path: Path, cache: Path) -> None:
     found = session.run(None, feeds)
     for argument, a, b in zip(original.get_outputs(), expected, found, strict=True):
         if isinstance(a, np.ndarray):
-            problem = compare(argument.name, a, b).problem
+            problem = compare(argument.name, a, b, DType.FLOAT32).problem
             assert not problem
     described = {(node.domain, node.op_type) for node in case.model.graph.node} <= set(DESCRIPTIONS)
     if described and report.library is None:

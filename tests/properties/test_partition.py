@@ -54,6 +54,7 @@ def reaches_around(successors: Sequence[set[int]], groups: Sequence[Sequence[int
     return False
 
 
+@settings(max_examples=500)
 @given(graphs(), st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=20))
 def test_merging_where_there_is_no_detour_closes_no_cycle(
     successors: list[set[int]], pairs: list[tuple[int, int]]
