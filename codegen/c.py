@@ -54,8 +54,10 @@ def table(names: list[str], level: int) -> str:
 class _Writer:
     kernel: Kernel
     scalars: frozenset[str]  # buffers that are plain variables
+    inputs: frozenset[str]  # tensors that nothing in the kernel writes
     lines: list[str] = field(default_factory=list)
     depth: int = 1
+    hoisted: dict[Load, str] = field(default_factory=dict)  # reads that a variable outside of the loop holds
 
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)
@@ -88,11 +90,18 @@ class _Writer:
                 self.depth -= 1
                 self.line("}")
             return
-        if loop.limit is not None:
+        invariant = self.invariant(loop) if loop.kind is LoopKind.LANE else []
+        scoped = loop.limit is not None or bool(invariant)
+        if scoped:
             self.line("{")
             self.depth += 1
+        if loop.limit is not None:
             self.line(f"const int64_t {name}_left = {c.index(loop.limit)};")
             end = f"({name}_left < {end} ? {name}_left : {end})"
+        for load in invariant:
+            self.hoisted[load] = f"{load.tensor}_{len(self.hoisted)}"
+            text = self.read(Target(load.tensor, load.indices[0]))
+            self.line(f"const {c.compute_type(load.dtype)} {self.hoisted[load]} = {text};")
         if loop.kind is LoopKind.LANE:
             self.line("#pragma omp simd" + "".join(self.clauses(loop)))
         self.line(f"for (int64_t {name} = 0; {name} < {end}; {name}++) {{")
@@ -100,9 +109,18 @@ class _Writer:
         self.steps(loop.body)
         self.depth -= 1
         self.line("}")
-        if loop.limit is not None:
+        for load in invariant:
+            del self.hoisted[load]
+        if scoped:
             self.depth -= 1
             self.line("}")
+
+    def invariant(self, loop: Loop) -> list[Load]:
+        """Reads alike for all lanes; under a condition, one keeps a loop from being vectorised."""
+        inside = {loop.iterator} | {step.iterator for step in walk(loop.body) if isinstance(step, Loop)}
+        loads = (load for step in walk(loop.body) if isinstance(step, Compute) for load in step.block.loads)
+        alike = (x for x in loads if x.tensor in self.inputs and not x.indices[0].iterators() & inside)
+        return list(dict.fromkeys(alike))
 
     def clauses(self, loop: Loop) -> list[str]:
         """A reduction clause for each accumulator that the lanes share."""
@@ -122,7 +140,8 @@ class _Writer:
         for place, item in enumerate(block.instructions):
             text = self.instruction(block, item, texts)
             last = place == len(block.instructions) - 1
-            if isinstance(item, Constant) or (last and not isinstance(item, Load)):
+            named = isinstance(item, Load) and item in self.hoisted
+            if named or isinstance(item, Constant) or (last and not isinstance(item, Load)):
                 texts.append(text)
                 continue
             name = f"{prefix}_{place}"
@@ -156,6 +175,8 @@ class _Writer:
                 return c.literal(item)
             case Position(index, dtype):
                 return f"({c.STORAGE[dtype.compute]})({c.index(index)})"
+            case Load() if item in self.hoisted:
+                return self.hoisted[item]
             case Load(tensor, indices, dtype):
                 return self.read(Target(tensor, indices[0]))
             case Apply(Op.MAX | Op.MIN as op, (a, b), dtype) if dtype.is_float and _is_number(block, b):
@@ -209,7 +230,7 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
         if _local_bytes(b).constant is not None and (_local_bytes(b).constant or 0) <= STACK_BYTES
     ]
     scratch = [b for b in arrays if b not in stack]
-    writer = _Writer(kernel, scalars)
+    writer = _Writer(kernel, scalars, frozenset(v.name for v in group.inputs))
     used = _used(kernel)
     outputs = {v.name for v in (*group.outputs, *group.temporaries)}
     for place, value in enumerate((*group.inputs, *group.outputs, *group.temporaries)):

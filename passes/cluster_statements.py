@@ -46,9 +46,12 @@ def cluster_statements(statements: Sequence[Statement]) -> tuple[MacroStatement,
             for writer in writers.get(load.tensor, ()):
                 successors[writer].add(place)
     contraction = Contraction(successors)
+    read = {load.tensor for statement in statements for load in statement.block.loads}
     domains: dict[tuple[Index, ...], list[int]] = {}
     for place, statement in enumerate(statements):
-        if statement.reduction is None and len(writers[statement.target.name]) == 1:
+        # parts of one tensor lie apart, but who reads it reads parts that other points write
+        in_parts = len(writers[statement.target.name]) > 1
+        if statement.reduction is None and not (in_parts and statement.target.name in read):
             domains.setdefault(tuple(i.extent for i in statement.domain), []).append(place)
     for alike in domains.values():
         for place in alike[1:]:

@@ -8,6 +8,7 @@ innermost loop of each nest.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from apollo_fuse.graph import Refused
@@ -22,6 +23,7 @@ from apollo_fuse.passes.place_buffers import Lanes, PlaceBuffers
 from apollo_fuse.scop import Scop
 
 RULE = "tile_and_map"
+_OPEN = 256  # what an open extent counts for where axes are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +177,18 @@ def _lane(nests: Nests) -> Iterator | None:
 
 
 def _contiguous(nests: Nests, iterator: Iterator) -> int:
-    factors = (offset.coefficient(iterator) for offset in nests.offsets())
-    return sum(1 for factor in factors if factor is not None and factor.is_one)
+    """The elements of all accesses that run along memory with the iterator."""
+    along = 0
+    for offset in nests.offsets():
+        factor = offset.coefficient(iterator)
+        if factor is not None and factor.is_one:
+            along += math.prod(_size(i.extent) for i in offset.iterators())
+    return along
+
+
+def _size(extent: Index) -> int:
+    known = extent.constant
+    return _OPEN if known is None else known
 
 
 def _transposed(nests: Nests, lane: Iterator, rest: list[Iterator]) -> Iterator | None:

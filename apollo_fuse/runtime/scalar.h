@@ -1,6 +1,7 @@
 /* Scalar operations whose C operators do not have the meaning ONNX gives them.
  *
- * Maxima and minima pass a NaN on.  Integer division truncates, never traps (x / 0 is 0) and wraps.
+ * Maxima and minima pass a NaN on, by two choices in a row: joined by ||, gcc does not vectorise two of
+ * them.  Integer division truncates, never traps (x / 0 is 0) and wraps.
  * Vector reductions over them are declared for `#pragma omp simd`. */
 #ifndef APOLLO_FUSE_SCALAR_H
 #define APOLLO_FUSE_SCALAR_H
@@ -8,8 +9,14 @@
 #include "vmath.h"
 
 #define AF_FLOAT_OPS(T, S, FMOD, FLOOR)                                                                  \
-  AF_INLINE T af_max_##S(T a, T b) { return a > b || a != a ? a : b; }                                   \
-  AF_INLINE T af_min_##S(T a, T b) { return a < b || a != a ? a : b; }                                   \
+  AF_INLINE T af_max_##S(T a, T b) {                                                                     \
+    const T greater = a < b ? b : a;                                                                     \
+    return b != b ? b : greater;                                                                         \
+  }                                                                                                      \
+  AF_INLINE T af_min_##S(T a, T b) {                                                                     \
+    const T less = a > b ? b : a;                                                                        \
+    return b != b ? b : less;                                                                            \
+  }                                                                                                      \
   AF_INLINE T af_sign_##S(T x) { return x > 0 ? (T)1 : x < 0 ? (T)-1 : x; }                              \
   AF_INLINE T af_trunc_mod_##S(T a, T b) { return FMOD(a, b); }                                          \
   AF_INLINE T af_floor_mod_##S(T a, T b) {                                                               \

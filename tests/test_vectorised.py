@@ -1,0 +1,73 @@
+"""The lane loops of the builders' kernels are vectors: one that is not costs up to ten times as much."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import onnx
+import pytest
+
+import apollo_fuse.runtime
+from apollo_fuse import onnx_io
+from apollo_fuse.codegen import link
+from apollo_fuse.options import Options
+from apollo_fuse.partition import plan
+from apollo_fuse.symbolic import infer_shapes
+from models import memory_bound, networks
+
+TOOLCHAIN = link.Toolchain.find({"PATH": "/usr/bin:/bin"})
+HEADERS = Path(apollo_fuse.runtime.__file__).parent
+PRAGMA = "#pragma omp simd"
+MODELS = {
+    "chain": partial(memory_bound.chain20, 256, 256),
+    "softmax": memory_bound.softmax,
+    "layernorm": partial(memory_bound.layernorm, "rows", 512),
+    "rmsnorm": memory_bound.rmsnorm,
+    "gelu_erf": memory_bound.gelu_erf,
+    "gelu_tanh": memory_bound.gelu_tanh,
+    "mish": memory_bound.mish,
+    "image_preprocessing": memory_bound.image_preprocessing,
+    "wide_deep": partial(memory_bound.wide_deep, columns=3),
+    "adam": partial(memory_bound.adam, 4),
+    "bert_layer": networks.bert_layer,
+}
+
+
+def lane_loops(source: str) -> list[range]:
+    """The lines of each lane loop of the kernels, counted from 1, its directive included."""
+    lines = source[: source.index("static const int32_t input_types")].splitlines()
+    found: list[range] = []
+    for place, line in enumerate(lines):
+        if line.strip().startswith(PRAGMA):
+            depth = line.index("#")
+            end = next(n for n in range(place + 2, len(lines)) if lines[n].startswith(" " * depth + "}"))
+            found.append(range(place + 1, end + 2))
+    return found
+
+
+def vectorised_lines(source: str, folder: Path) -> set[int]:
+    (folder / "source.c").write_text(source)
+    command = [*TOOLCHAIN.command, *TOOLCHAIN.flags, f"-I{HEADERS}", "-c", "source.c", "-o", "source.o"]
+    command.append("-fopt-info-vec-optimized")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    reports = (line.split(":") for line in done.stderr.splitlines() if line.startswith("source.c:"))
+    return {int(report[1]) for report in reports if "loop vectorized" in report[-1]}
+
+
+@pytest.mark.skipif("Free Software Foundation" not in TOOLCHAIN.identification, reason="reads gcc's report")
+@pytest.mark.skipif(TOOLCHAIN.level not in (3, 4), reason="conversions of integers need AVX2")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_lane_loop_is_vectorised(name: str, tmp_path: Path) -> None:
+    onnx.save(MODELS[name](), tmp_path / "model.onnx")
+    model = onnx_io.load_clean(tmp_path / "model.onnx")
+    infer_shapes(model)
+    sources = {x.name: x.source for x in plan(model, Options()).candidates}
+    assert sources
+    for kernel, source in sources.items():
+        vectorised = vectorised_lines(source, tmp_path)
+        loops = lane_loops(source)
+        assert loops
+        scalar = [loop for loop in loops if not vectorised & set(loop)]
+        assert not scalar, f"{kernel}:\n" + "\n".join(source.splitlines()[n - 1] for n in scalar[0])
