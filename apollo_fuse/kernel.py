@@ -127,6 +127,18 @@ class KernelGroup:
     extents: tuple[Extent, ...]
     kernels: tuple[Kernel, ...]
 
+    @property
+    def stitches(self) -> bool:
+        """Whether a statement reads what another loop of its kernel left in on-chip memory (Layer II)."""
+        for kernel in self.kernels:
+            steps = list(walk(kernel.body))
+            accumulators = {s.target.buffer for s in steps if isinstance(s, Initialise)}
+            shared = {b.name for b in kernel.buffers if b.scope is Scope.SHARED}
+            read = {load.tensor for s in steps if isinstance(s, Compute) for load in s.block.loads}
+            if read & (accumulators | shared):
+                return True
+        return False
+
     def __str__(self) -> str:
         head = [
             f"extent {e.symbol} = ({self.inputs[e.input].name}.shape[{e.axis}] - {e.rest}) / {e.divisor}"

@@ -106,10 +106,9 @@ def _kernel(
     same: Sequence[Candidate], judgement: Judgement, accepted: bool, sizes: Mapping[Symbol, int]
 ) -> KernelReport:
     candidate = same[0]
-    layer = 2 if any(b.scope.value != "global" for k in candidate.group.kernels for b in k.buffers) else 1
     return KernelReport(
         name=candidate.name,
-        layer=layer,
+        layer=2 if candidate.group.stitches else 1,
         ops=tuple(o.op_type for o in candidate.micro_graph.operators),
         pattern=candidate.micro_graph.pattern.name,
         inputs=tuple(map(_shape_text, candidate.micro_graph.inputs)),

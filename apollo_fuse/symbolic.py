@@ -42,6 +42,20 @@ def _infer_slice_soundly(context: ShapeInferenceContext, node: ir.Node) -> None:
     result.shape = ir.Shape(dims)
 
 
+_infer_if = registry.get("", "If", 13)
+assert _infer_if is not None
+
+
+@registry.register("", "If", since_version=1)  # type: ignore[untyped-decorator]
+def _infer_if_soundly(context: ShapeInferenceContext, node: ir.Node) -> None:
+    """The package's inference, less its assumption that a branch of unknown shape has the other's."""
+    _infer_if(context, node)
+    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+    for place, output in enumerate(node.outputs):
+        if any(branch.outputs[place].shape is None for branch in branches):
+            output.shape = None
+
+
 def infer_shapes(model: ir.Model) -> dict[str, str]:
     """Annotates every value of the model, in place; gives our name of each input dimension's own name.
 

@@ -229,6 +229,9 @@ UNARY = [
     Case("Clip", "x low high"),
     Case("Clip", "x high low"),
     Case("Clip", "x low_input high"),
+    Case("BiasGelu", "x bias", domain="com.microsoft"),
+    Case("FastGelu", "x bias", domain="com.microsoft"),
+    Case("FastGelu", "x", domain="com.microsoft"),
     *(Case("Pow", f"x p{n}") for n in range(7)),
     *(Case("Pow", f"x q{n}") for n in range(3)),
 ]  # fmt: skip
@@ -240,6 +243,7 @@ def unary(dtype: str) -> Table:
     powers = {f"p{n}": number(p) for n, p in enumerate((2, 3, 1, 0.5, -1, 0, 2.3))}
     whole = {f"q{n}": np.array(p, np.int64) for n, p in enumerate((2, 4, -1))}
     bounds = {"low": number(-1.5), "high": number(2.25), "slope": number(0.2)}
+    bounds["bias"] = np.resize(number([0.5, -0.25, 1.0]), 42)
     inputs: dict[str, tuple[str, Dims]] = {"x": (dtype, ["n", 42]), "low_input": (dtype, [])}
     return Table(inputs, UNARY, {**powers, **whole, **bounds} if kind.kind == "f" else bounds)
 
@@ -265,7 +269,7 @@ def test_sine_and_cosine(dtype: str, tmp_path: Path, cache: Path) -> None:
 
 
 INTEGER_UNARY = [
-    *(Case(op, "x") for op in ("Abs", "Neg", "Sign", "Relu", "Clip")),
+    *(Case(op, "x") for op in ("Abs", "Neg", "Sign", "Relu", "Clip", "BitwiseNot")),
     Case("Clip", "x low"), Case("Clip", "x - high"), Case("Clip", "x low high"), Case("Clip", "x high low"),
 ]  # fmt: skip
 
@@ -349,7 +353,7 @@ def test_prelu(dtype: str, tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_functions_of_two_integers(dtype: str, tmp_path: Path, cache: Path) -> None:
-    table = binary(dtype, ARITHMETIC)
+    table = binary(dtype, (*ARITHMETIC, "BitwiseAnd", "BitwiseOr", "BitwiseXor"))
     model = fused(table, tmp_path, cache, shapes(sized(table, {"n": 2})))
     for n, special in ((3, False), (1, True), (2, True), (0, False)):
         check(model, sized(table, {"n": n}, special=special), exact=True)
@@ -612,6 +616,9 @@ def normalisations(dtype: str) -> Table:
         Case("InstanceNormalization", "x c d"), Case("InstanceNormalization", "image c d", {"epsilon": 0.01}),
         Case("BatchNormalization", "x c d c v"), Case("BatchNormalization", "image c d d v", {"epsilon": 0.1}),
         Case("BatchNormalization", "pair c d d v"),
+        Case("MeanVarianceNormalization", "image"),
+        Case("MeanVarianceNormalization", "x", {"axes": [2]}),
+        Case("LpNormalization", "x"), Case("LpNormalization", "x", {"axis": 1, "p": 1}),
         Case("GlobalAveragePool", "x"), Case("GlobalAveragePool", "image"),
         Case("GlobalMaxPool", "x"), Case("GlobalMaxPool", "image"),
     ]  # fmt: skip
@@ -640,7 +647,7 @@ def test_a_mean_of_many_halves_does_not_overflow(tmp_path: Path, cache: Path) ->
 # -------------------------------------------------------------------------------- data movement
 
 
-def ints(**lists: Sequence[int]) -> dict[str, Array]:
+def ints(**lists: Sequence[int] | int) -> dict[str, Array]:
     return {name: np.array(numbers, np.int64) for name, numbers in lists.items()}
 
 
@@ -650,6 +657,9 @@ MOVEMENT = [
     Case("Reshape", "x keep"), Case("Reshape", "x merge"), Case("Reshape", "x split"), Case("Reshape", "x line"),
     Case("Flatten", "x"), Case("Flatten", "x", {"axis": 2}), Case("Flatten", "x", {"axis": -1}), Case("Flatten", "x", {"axis": 0}),
     Case("Unsqueeze", "x ends"), Case("Unsqueeze", "flat one"), Case("Squeeze", "five two"), Case("Squeeze", "five back"),
+    Case("DepthToSpace", "x", {"blocksize": 2}), Case("DepthToSpace", "x", {"blocksize": 2, "mode": "CRD"}),
+    Case("SpaceToDepth", "x", {"blocksize": 2}), Case("Tile", "x tiles"), Case("Tile", "flat once"),
+    Case("Trilu", "x"), Case("Trilu", "x above"), Case("Trilu", "x below", {"upper": 0}),
     Case("Expand", "flat wide"), Case("Expand", "row grid"), Case("Expand", "row short"), Case("Expand", "scalar grid"),
     Case("Slice", "x s0 e0 a0"), Case("Slice", "x s1 e1 a1"), Case("Slice", "x s2 e2 a2 t2"), Case("Slice", "x s3 e3 a3 t3"),
     Case("Slice", "x s4 e4 a4 t4"),
@@ -670,7 +680,7 @@ def movement(dtype: str) -> Table:
         "table": (dtype, [9, 4]),
     }  # fmt: skip
     constants = ints(
-        keep=[0, 0, 60], merge=[-1, 6, 10], split=[0, 2, 2, 3, 2, 10], line=[-1], ends=[0, -1], one=[1], two=[1, 4],
+        tiles=[1, 2, 1, 3], once=[1, 1], above=2, below=-1, keep=[0, 0, 60], merge=[-1, 6, 10], split=[0, 2, 2, 3, 2, 10], line=[-1], ends=[0, -1], one=[1], two=[1, 4],
         back=[-1], wide=[1, 12], grid=[3, 2, 5, 8], short=[8],
         s0=[0, 1, 2], e0=[9999, 3, -1], a0=[1, 2, 3], s1=[-3, 2], e1=[-1, 100], a1=[3, 2], s2=[0, 1], e2=[10, 6], a2=[3, 2], t2=[3, 2],
         s3=[-1], e3=[-100], a3=[3], t3=[-1], s4=[5, 8], e4=[0, 1], a4=[2, 3], t4=[-2, -3],
@@ -746,7 +756,23 @@ def every_table() -> Iterator[Table]:
 
 def test_every_description_stands_in_a_table() -> None:
     covered = {(case.domain, case.op) for table in every_table() for case in table.cases}
-    elsewhere = {"And", "Or", "Xor", "Not", "Mod", "Cast", "Sin", "Cos", "Softmax", "LogSoftmax", *REMOVED}
+    elsewhere = {
+        "And",
+        "Or",
+        "Xor",
+        "Not",
+        "BitwiseAnd",
+        "BitwiseOr",
+        "BitwiseXor",
+        "BitwiseNot",
+        "Mod",
+        "Cast",
+        "Sin",
+        "Cos",
+        "Softmax",
+        "LogSoftmax",
+        *REMOVED,
+    }
     left = set(DESCRIPTIONS) - covered - {("", op) for op in elsewhere}
     # onnxruntime has no kernels for these names: they are those of exporters and of other runtimes
     assert left <= {("", "Silu"), ("com.microsoft", "SimplifiedLayerNormalization")}

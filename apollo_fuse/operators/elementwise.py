@@ -24,6 +24,7 @@ _FLOAT_FUNCTIONS = {
     "Atan": Op.ATAN, "Sinh": Op.SINH, "Cosh": Op.COSH, "Asinh": Op.ASINH, "Acosh": Op.ACOSH,
     "Atanh": Op.ATANH, "IsNaN": Op.IS_NAN,
 }  # fmt: skip
+_BITWISE = {"BitwiseAnd": Op.AND, "BitwiseOr": Op.OR, "BitwiseXor": Op.XOR}
 _BINARY = {
     "Add": Op.ADD, "Sub": Op.SUB, "Mul": Op.MUL, "Equal": Op.EQ, "Less": Op.LT, "LessOrEqual": Op.LE,
     "And": Op.AND, "Or": Op.OR, "Xor": Op.XOR,
@@ -42,6 +43,32 @@ for _name, _op in _FLOAT_FUNCTIONS.items():
     DESCRIPTIONS["", _name] = lambda o, op=_op: _float(o.tensor(0)).call(op)  # type: ignore[misc]
 for _name, _op in _BINARY.items():
     DESCRIPTIONS["", _name] = lambda o, op=_op: o.apply(op, o.tensor(0), o.tensor(1))  # type: ignore[misc]
+
+
+def _integer(x: Tensor) -> Tensor:
+    if not x.dtype.is_integer:
+        raise Unsupported(f"defined for integers only, not {x.dtype.value}")
+    return x
+
+
+for _name, _op in _BITWISE.items():
+    DESCRIPTIONS["", _name] = lambda o, op=_op: o.apply(op, _integer(o.tensor(0)), o.tensor(1))  # type: ignore[misc]
+
+
+@operator("BitwiseNot")
+def bitwise_not(o: Opener) -> Tensor:
+    """All ones, less the number: -1 - x where there is a sign."""
+    x = _integer(o.tensor(0))
+    ones = -1 if x.dtype.is_signed else 2 ** (8 * x.dtype.size) - 1
+    return o.apply(Op.XOR, x, ones)
+
+
+@operator("BiasGelu", "FastGelu", domain="com.microsoft")
+def bias_gelu(o: Opener) -> Tensor:
+    """Gelu behind an optional bias; FastGelu by its approximation with tanh."""
+    x = _float(o.tensor(0))
+    biased = x + o.tensor(1) if o.has(1) else x
+    return _gelu_tanh(biased) if o.node.op_type == "FastGelu" else _gelu(biased)
 
 
 @operator("Sign")
@@ -235,10 +262,16 @@ def quick_gelu(o: Opener) -> Tensor:
 @operator("Gelu", domain="com.microsoft")
 def gelu(o: Opener) -> Tensor:
     x = _float(o.tensor(0))
-    if o.text("approximate", "none") == "tanh":
-        inner = (x * x * x * 0.044715 + x) * math.sqrt(2.0 / math.pi)
-        return x * 0.5 * (inner.call(Op.TANH) + 1.0)
+    return _gelu_tanh(x) if o.text("approximate", "none") == "tanh" else _gelu(x)
+
+
+def _gelu(x: Tensor) -> Tensor:
     return x * 0.5 * ((x * math.sqrt(0.5)).call(Op.ERF) + 1.0)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    inner = (x * x * x * 0.044715 + x) * math.sqrt(2.0 / math.pi)
+    return x * 0.5 * (inner.call(Op.TANH) + 1.0)
 
 
 @operator("IsInf")

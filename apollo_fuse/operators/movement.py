@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from apollo_fuse.graph import Pattern
 from apollo_fuse.index import ONE, ZERO, Index, Indirect, product
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
@@ -60,9 +62,74 @@ def transpose(o: Opener) -> Tensor:
     x = o.tensor(0)
     rank = len(x.shape)
     permutation = o.integers(len(o.node.inputs), "perm") or tuple(reversed(range(rank)))
-    places = [permutation.index(axis) for axis in range(rank)]
+    return permuted(x, permutation)
+
+
+def permuted(x: Tensor, permutation: Sequence[int]) -> Tensor:
+    """The tensor with its axes in this order."""
+    places = [permutation.index(axis) for axis in range(len(permutation))]
     shape = tuple(x.shape[axis] for axis in permutation)
     return x.view(shape, lambda at: tuple(at[place] for place in places))
+
+
+@operator("DepthToSpace")
+def depth_to_space(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    block = Index.of(o.integer("blocksize", 1))
+    batch, channels, height, width = _image(x)
+    depth = _quotient(channels, block * block)
+    crd = o.text("mode", "DCR") == "CRD"
+    blocks = (depth, block, block) if crd else (block, block, depth)
+    order = (0, 1, 4, 2, 5, 3) if crd else (0, 3, 4, 1, 5, 2)
+    split = x.reshape((batch, *blocks, height, width))
+    return permuted(split, order).reshape((batch, depth, height * block, width * block))
+
+
+@operator("SpaceToDepth")
+def space_to_depth(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    block = Index.of(o.integer("blocksize", 1))
+    batch, channels, height, width = _image(x)
+    rows, columns = _quotient(height, block), _quotient(width, block)
+    order = (0, 1, 3, 5, 2, 4) if o.text("mode", "DCR") == "CRD" else (0, 3, 5, 1, 2, 4)
+    split = permuted(x.reshape((batch, channels, rows, block, columns, block)), order)
+    return split.reshape((batch, channels * block * block, rows, columns))
+
+
+def _image(x: Tensor) -> tuple[Index, Index, Index, Index]:
+    if len(x.shape) != 4:
+        raise Unsupported(f"rank {len(x.shape)}, where an image has rank 4")
+    batch, channels, height, width = x.shape
+    return batch, channels, height, width
+
+
+def _quotient(extent: Index, divisor: Index) -> Index:
+    found = extent.exact_quotient(divisor)
+    if found is None:
+        raise Unsupported(f"cannot prove that {divisor} divides the extent {extent}")
+    return found
+
+
+@operator("Tile")
+def tile(o: Opener) -> Tensor:
+    """Each axis becomes two, of which the outer one only repeats."""
+    x = o.tensor(0)
+    repeats = o.integers(1, "repeats")
+    if repeats is None or len(repeats) != len(x.shape):
+        raise Unsupported("repeats that are not one number an axis")
+    wide = tuple(e for count, extent in zip(repeats, x.shape, strict=True) for e in (Index.of(count), extent))
+    repeated = x.view(wide, lambda at: at[1::2], Pattern.BROADCAST)
+    return repeated.reshape(tuple(e * count for e, count in zip(x.shape, repeats, strict=True)))
+
+
+@operator("Trilu")
+def trilu(o: Opener) -> Tensor:
+    """What lies on the far side of the diagonal becomes 0."""
+    x = o.tensor(0)
+    diagonal = int(o.constant(1).reshape(-1)[0]) if o.has(1) else 0
+    distance = o.coordinate(x.shape, -1) - o.coordinate(x.shape, -2)
+    kept = distance >= diagonal if o.integer("upper", 1) else distance <= diagonal
+    return kept.select(x, 0)
 
 
 @operator("Expand")

@@ -214,6 +214,12 @@ class Opener:
         block = Block((Position(index, dtype),))
         return self._define((), (), (), None, block, Pattern.ELEMENTWISE)
 
+    def coordinate(self, shape: Shape, axis: int) -> Tensor:
+        """For each place of a tensor of this shape, where along the axis it lies; an int64 tensor."""
+        iterators, at = self._iterators(shape)
+        block = Block((Position(at[axis], DType.INT64),))
+        return self._define(shape, iterators, at, None, block, Pattern.ELEMENTWISE)
+
     def apply(self, op: Op, *arguments: Scalar, dtype: DType | None = None) -> Tensor:
         """An elementwise operation with broadcasting; numbers take the type of the tensors beside them."""
         tensors = [a for a in arguments if isinstance(a, Tensor)]

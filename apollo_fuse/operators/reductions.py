@@ -11,6 +11,12 @@ from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import DESCRIPTIONS, operator
 
 
+def _float(x: Tensor) -> Tensor:
+    if not x.dtype.is_float:
+        raise Unsupported(f"defined for floating-point types only, not {x.dtype.value}")
+    return x
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
@@ -162,6 +168,25 @@ def rms_normalization(o: Opener) -> Tensor:
     wide = x.cast(DType.FLOAT32) if dtype.size == 2 else x
     scale = ((wide * wide).mean(axes) + o.number("epsilon", 1e-5)).call(Op.SQRT)
     return (wide / scale).cast(dtype) * o.tensor(1)
+
+
+@operator("MeanVarianceNormalization")
+def mean_variance_normalization(o: Opener) -> Tensor:
+    x = _float(o.tensor(0))
+    axes = o.integers(len(o.node.inputs), "axes") or (0, 2, 3)
+    centred = x - x.mean(axes)
+    return centred / ((centred * centred).mean(axes).call(Op.SQRT) + 1e-9)
+
+
+@operator("LpNormalization")
+def lp_normalization(o: Opener) -> Tensor:
+    x = _float(o.tensor(0))
+    axes = (o.axis(o.integer("axis", -1), len(x.shape)),)
+    if o.integer("p", 2) == 1:
+        norm = x.call(Op.ABS).reduce(Op.ADD, axes)
+    else:
+        norm = (x * x).reduce(Op.ADD, axes).call(Op.SQRT)
+    return norm.equal(0.0).select(0.0, x / norm)
 
 
 @operator("InstanceNormalization")
