@@ -7,8 +7,8 @@
 # Each makes what it needs in .venv first. PYTHON names another interpreter than python3.
 
 PYTHON ?= python3
-DEMO_MODEL ?= ppocr_cls
-DEMO_ARGS ?= --shape x:1,3,48,192
+DEMO_MODEL ?= ppocr_rec
+DEMO_ARGS ?= --shape x:1,3,48,320
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 

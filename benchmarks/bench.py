@@ -17,6 +17,7 @@ from pathlib import Path
 import apollo_fuse
 import models
 from apollo_fuse.measure import Timing
+from apollo_fuse.summary import cpu_name
 from benchmarks.row import comparison_from
 from benchmarks.table import Row, to_json, to_markdown
 from models import RealModel
@@ -95,15 +96,6 @@ def machine() -> dict[str, str]:
     facts["python"] = platform.python_version()
     facts["apollo-fuse"] = apollo_fuse.__version__
     return facts | {package: version(package) for package in _PACKAGES}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _summary(row: Row) -> str:

@@ -11,7 +11,7 @@ from functools import reduce
 
 from apollo_fuse.expressions import Op
 from apollo_fuse.index import ONE
-from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
+from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
 from apollo_fuse.operators.registry import DESCRIPTIONS, operator
 
 _FUNCTIONS = {
@@ -31,16 +31,10 @@ _BINARY = {
 }  # fmt: skip
 
 
-def _float(x: Tensor) -> Tensor:
-    if not x.dtype.is_float:
-        raise Unsupported(f"defined for floating-point types only, not {x.dtype.value}")
-    return x
-
-
 for _name, _op in _FUNCTIONS.items():
     DESCRIPTIONS["", _name] = lambda o, op=_op: o.tensor(0).call(op)  # type: ignore[misc]
 for _name, _op in _FLOAT_FUNCTIONS.items():
-    DESCRIPTIONS["", _name] = lambda o, op=_op: _float(o.tensor(0)).call(op)  # type: ignore[misc]
+    DESCRIPTIONS["", _name] = lambda o, op=_op: floating(o.tensor(0)).call(op)  # type: ignore[misc]
 for _name, _op in _BINARY.items():
     DESCRIPTIONS["", _name] = lambda o, op=_op: o.apply(op, o.tensor(0), o.tensor(1))  # type: ignore[misc]
 
@@ -66,7 +60,7 @@ def bitwise_not(o: Opener) -> Tensor:
 @operator("BiasGelu", "FastGelu", domain="com.microsoft")
 def bias_gelu(o: Opener) -> Tensor:
     """Gelu behind an optional bias; FastGelu by its approximation with tanh."""
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     biased = x + o.tensor(1) if o.has(1) else x
     return _gelu_tanh(biased) if o.node.op_type == "FastGelu" else _gelu(biased)
 
@@ -103,7 +97,7 @@ def mod(o: Opener) -> Tensor:
 @operator("Pow")
 def power(o: Opener) -> Tensor:
     """onnxruntime multiplies for exponents 2 and 3; one half is a root, correctly rounded."""
-    x, exponent = _float(o.tensor(0)), o.tensor(1)
+    x, exponent = floating(o.tensor(0)), o.tensor(1)
     if not isinstance(exponent.content, str):
         match float(exponent.content.value):
             case 2.0:
@@ -177,7 +171,7 @@ def clip(o: Opener) -> Tensor:
 
 @operator("Reciprocal")
 def reciprocal(o: Opener) -> Tensor:
-    return 1.0 / _float(o.tensor(0))
+    return 1.0 / floating(o.tensor(0))
 
 
 @operator("Relu")
@@ -187,81 +181,81 @@ def relu(o: Opener) -> Tensor:
 
 @operator("LeakyRelu")
 def leaky_relu(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return (x >= 0.0).select(x, x * o.number("alpha", 0.01))
 
 
 @operator("PRelu")
 def prelu(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return (x >= 0.0).select(x, x * o.tensor(1))
 
 
 @operator("ThresholdedRelu")
 def thresholded_relu(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return (x > o.number("alpha", 1.0)).select(x, 0.0)
 
 
 @operator("Elu")
 def elu(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return (x >= 0.0).select(x, x.call(Op.EXPM1) * o.number("alpha", 1.0))
 
 
 @operator("Celu")
 def celu(o: Opener) -> Tensor:
-    x, alpha = _float(o.tensor(0)), o.number("alpha", 1.0)
+    x, alpha = floating(o.tensor(0)), o.number("alpha", 1.0)
     return x.maximum(0.0) + ((x / alpha).call(Op.EXPM1) * alpha).minimum(0.0)
 
 
 @operator("Selu")
 def selu(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     alpha, gamma = o.number("alpha", 1.67326319217681884765625), o.number("gamma", 1.05070102214813232421875)
     return (x > 0.0).select(x, x.call(Op.EXPM1) * alpha) * gamma
 
 
 @operator("HardSigmoid")
 def hard_sigmoid(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return (x * o.number("alpha", 0.2) + o.number("beta", 0.5)).maximum(0.0).minimum(1.0)
 
 
 @operator("HardSwish")
 def hard_swish(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return x * (x * (1.0 / 6.0) + 0.5).maximum(0.0).minimum(1.0)
 
 
 @operator("Softsign")
 def softsign(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return x / (x.call(Op.ABS) + 1.0)
 
 
 @operator("Mish")
 def mish(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return x * x.call(Op.SOFTPLUS).call(Op.TANH)
 
 
 @operator("Swish", "Silu")
 def swish(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return x * (x * o.number("alpha", 1.0)).call(Op.SIGMOID)
 
 
 @operator("QuickGelu", domain="com.microsoft")
 def quick_gelu(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return x * (x * o.number("alpha", 1.702)).call(Op.SIGMOID)
 
 
 @operator("Gelu")
 @operator("Gelu", domain="com.microsoft")
 def gelu(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     return _gelu_tanh(x) if o.text("approximate", "none") == "tanh" else _gelu(x)
 
 
@@ -276,7 +270,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 @operator("IsInf")
 def is_inf(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     positive, negative = o.integer("detect_positive", 1), o.integer("detect_negative", 1)
     infinite = x.call(Op.IS_INF)
     if positive and negative:
@@ -291,7 +285,7 @@ def batch_normalization(o: Opener) -> Tensor:
     """Inference form; scale, bias, mean and variance lie along axis 1."""
     if o.integer("training_mode", 0) or sum(1 for out in o.node.outputs if out.name) > 1:
         raise Unsupported("training mode")
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     channels = (x.shape[1], *[ONE for _ in x.shape[2:]])
     scale, bias, average, variance = (o.tensor(place).reshape(channels) for place in (1, 2, 3, 4))
     deviation = (variance + o.number("epsilon", 1e-5)).call(Op.SQRT)

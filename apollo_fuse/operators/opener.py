@@ -124,6 +124,13 @@ class Tensor:
         return self.view(shape, lambda at: delinearise(linearise(at, shape), source), Pattern.RESHAPE)
 
 
+def floating(x: Tensor) -> Tensor:
+    """The tensor, where its type is a floating-point one; raises Unsupported elsewhere."""
+    if not x.dtype.is_float:
+        raise Unsupported(f"defined for floating-point types only, not {x.dtype.value}")
+    return x
+
+
 @dataclass(slots=True)
 class Opener:
     """One node being opened. Raises `Unsupported` from any method where the node goes beyond kernels."""

@@ -7,14 +7,8 @@ from collections.abc import Callable
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
 from apollo_fuse.index import ONE
-from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
+from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
 from apollo_fuse.operators.registry import DESCRIPTIONS, operator
-
-
-def _float(x: Tensor) -> Tensor:
-    if not x.dtype.is_float:
-        raise Unsupported(f"defined for floating-point types only, not {x.dtype.value}")
-    return x
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -172,7 +166,7 @@ def rms_normalization(o: Opener) -> Tensor:
 
 @operator("MeanVarianceNormalization")
 def mean_variance_normalization(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     axes = o.integers(len(o.node.inputs), "axes") or (0, 2, 3)
     centred = x - x.mean(axes)
     return centred / ((centred * centred).mean(axes).call(Op.SQRT) + 1e-9)
@@ -180,7 +174,7 @@ def mean_variance_normalization(o: Opener) -> Tensor:
 
 @operator("LpNormalization")
 def lp_normalization(o: Opener) -> Tensor:
-    x = _float(o.tensor(0))
+    x = floating(o.tensor(0))
     axes = (o.axis(o.integer("axis", -1), len(x.shape)),)
     if o.integer("p", 2) == 1:
         norm = x.call(Op.ABS).reduce(Op.ADD, axes)
