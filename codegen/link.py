@@ -78,8 +78,8 @@ class Toolchain:
     @property
     def portable_flags(self) -> tuple[str, ...]:
         """The flags of code that any processor of this architecture must run."""
-        # zig's clang adds the undefined-behaviour sanitizer on its own.
-        return (*_COMMON_FLAGS, "-fno-sanitize=undefined") if self.is_zig else _COMMON_FLAGS
+        # zig's clang adds the undefined-behaviour sanitizer on its own, and debug information with our paths.
+        return (*_COMMON_FLAGS, "-fno-sanitize=undefined", "-g0") if self.is_zig else _COMMON_FLAGS
 
     @property
     def flags(self) -> tuple[str, ...]:

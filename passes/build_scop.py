@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from apollo_fuse.expressions import (
     Apply,
@@ -92,35 +93,51 @@ def _kept(micro_graph: MicroGraph) -> frozenset[str]:
 
 
 def _inline(micro_graph: MicroGraph, kept: frozenset[str]) -> list[Statement]:
-    inlined: dict[str, Primitive] = {}
-    blocks: dict[str, Block] = {}
+    """A statement for each tensor that is kept, with the others computed where they are read."""
+    everything = enumerate(micro_graph.primitives)
+    inlined = {p.output.name: (n, p) for n, p in everything if p.output.name not in kept}
     statements: list[Statement] = []
     for primitive in micro_graph.primitives:
-        builder = BlockBuilder()
-
-        def read(load: Load, builder: BlockBuilder = builder) -> int | None:
-            producer = inlined.get(load.tensor)
-            if producer is None:
-                return None
-            return builder.append(blocks[load.tensor], _at(producer, load.indices))
-
-        place = builder.append(primitive.block, {}, read)
-        block = simplify(builder.build_at(place))
-        name = primitive.output.name
-        if name in kept:
-            statements.append(
-                Statement(
-                    f"S{len(statements)}",
-                    primitive.output,
-                    primitive.indices,
-                    primitive.iterators,
-                    primitive.reduction,
-                    block,
-                )
+        if primitive.output.name not in kept:
+            continue
+        statements.append(
+            Statement(
+                f"S{len(statements)}",
+                primitive.output,
+                primitive.indices,
+                primitive.iterators,
+                primitive.reduction,
+                simplify(_expanded(primitive, inlined)),
             )
-        else:
-            inlined[name], blocks[name] = primitive, block
+        )
     return statements
+
+
+_Element: TypeAlias = tuple[str, tuple[Index, ...]]
+
+
+def _expanded(primitive: Primitive, inlined: Mapping[str, tuple[int, Primitive]]) -> Block:
+    """The primitive's block with the inlined tensors that it reads computed in it, each element once."""
+    wanted: dict[_Element, tuple[int, Primitive, Mapping[Atom, Index]]] = {}
+    pending: list[tuple[Primitive, Mapping[Atom, Index]]] = [(primitive, {})]
+    while pending:
+        reader, values = pending.pop()
+        for load in reader.block.loads:
+            element = (load.tensor, tuple(i.substitute(values) for i in load.indices))
+            if load.tensor in inlined and element not in wanted:
+                place, producer = inlined[load.tensor]
+                at = _at(producer, element[1])
+                wanted[element] = (place, producer, at)
+                pending.append((producer, at))
+    builder = BlockBuilder()
+    places: dict[_Element, int] = {}
+
+    def read(load: Load) -> int | None:
+        return places.get((load.tensor, load.indices))
+
+    for element, (_, producer, at) in sorted(wanted.items(), key=lambda item: item[1][0]):
+        places[element] = builder.append(producer.block, at, read)
+    return builder.build_at(builder.append(primitive.block, {}, read))
 
 
 def _at(producer: Primitive, indices: tuple[Index, ...]) -> Mapping[Atom, Index]:

@@ -33,10 +33,15 @@ class Contraction:
         return root
 
     def successors(self, group: int) -> set[int]:
-        return {self.find(node) for node in self._successors[group]} - {group}
+        return self._current(self._successors, group)
 
     def predecessors(self, group: int) -> set[int]:
-        return {self.find(node) for node in self._predecessors[group]} - {group}
+        return self._current(self._predecessors, group)
+
+    def _current(self, neighbours: list[set[int]], group: int) -> set[int]:
+        """The neighbours of a group, as the numbers that stand for them now; the sets stay small."""
+        neighbours[group] = {self.find(node) for node in neighbours[group]} - {group}
+        return neighbours[group]
 
     def detour(self, producer: int, user: int) -> bool:
         """Whether a path leads from one group to the other through a third: merging would close a cycle."""
