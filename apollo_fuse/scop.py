@@ -6,6 +6,8 @@ equal Scops whatever a model calls its tensors.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator as Generator
 from dataclasses import dataclass
 
 from apollo_fuse.dtypes import DType
@@ -110,9 +112,21 @@ class Parameters:
         return f"[{', '.join(self.names.values())}] -> "
 
     def sample(self) -> str:
-        """One choice of the parameters, all different and coprime to common extents, as an isl set."""
-        chosen = (f"{name} = {1009 + 4 * place}" for place, name in enumerate(self.names.values()))
+        """One choice of the parameters as an isl set: primes, so that no extents seem to be related.
+
+        Small ones, since isl's time grows with the numbers that it has to carry.
+        """
+        chosen = (f"{name} = {prime}" for name, prime in zip(self.names.values(), _primes(), strict=False))
         return f"{self.declaration()}{{ : {' and '.join(chosen) or '1 = 1'} }}"
+
+
+def _primes() -> Generator[int]:
+    """The primes from 37 on."""
+    number = 37
+    while True:
+        if all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
+            yield number
+        number += 2
 
 
 def tensor_size(value: Value) -> Index:
