@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+from hypothesis import assume
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -78,6 +79,7 @@ def models(draw: st.DrawFn, most_nodes: int = 10) -> RandomModel:
     for _ in range(draw(st.integers(1, most_nodes))):
         draw(steps)(draw, writer)
     made = [node.output[0] for node in writer.nodes]
+    assume(made)
     others = draw(st.lists(st.sampled_from(made), max_size=2))
     return RandomModel(writer.model(list(dict.fromkeys([made[-1], *others]))), writer.inputs)
 
