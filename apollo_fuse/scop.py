@@ -10,9 +10,8 @@ import math
 from collections.abc import Iterator as Generator
 from dataclasses import dataclass
 
-from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Block, Reduction
-from apollo_fuse.graph import Shape, Value
+from apollo_fuse.graph import Value
 from apollo_fuse.index import Index, Iterator, Monomial, Quotient, Symbol
 
 
@@ -64,9 +63,6 @@ class Scop:
 
     def value(self, name: str) -> Value:
         return next(v for v in (*self.inputs, *self.outputs, *self.kept, *self.temporaries) if v.name == name)
-
-    def is_internal(self, name: str) -> bool:
-        return any(v.name == name for v in self.kept)
 
     def __str__(self) -> str:
         lines = [f"extent {e.symbol} = ({self.inputs[e.input].name}.shape[{e.axis}] - {e.rest}) / {e.divisor}"
@@ -134,15 +130,4 @@ def tensor_size(value: Value) -> Index:
     total = Index.of(1)
     for extent in value.shape:
         total = total * extent
-    return total
-
-
-def known_bytes(shape: Shape, dtype: DType) -> int | None:
-    """Bytes of a tensor whose extents are all numbers, else None."""
-    total = dtype.size
-    for extent in shape:
-        number = extent.constant
-        if number is None:
-            return None
-        total *= number
     return total

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import cache as memoised
 from pathlib import Path
 
-import platformdirs
-
 from apollo_fuse.atomic import write_bytes
 from apollo_fuse.errors import CompilerError, NoCompilerError
 
@@ -90,11 +88,6 @@ class Toolchain:
         march = base if self.level == 1 else f"{base}{'_' if self.is_zig else '-'}v{self.level}"
         wide = ("-mprefer-vector-width=512",) if self.level == 4 else ()
         return (*self.portable_flags, f"-march={march}", *wide)
-
-
-def default_cache() -> Path:
-    """The folder of the user's caches that objects are kept in."""
-    return platformdirs.user_cache_path("apollo-fuse")
 
 
 def compile_objects(

@@ -71,7 +71,6 @@ class Edge:
     producer: Area
     user: Area
     relation: Relation
-    sole_user: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +231,9 @@ class _Growth:
             return False
         if a.in_parts:  # its parts have no loop in common with whoever reads all of them
             return False
-        sole = self.contraction.successors(producer) == {user}
-        if rule.only_sole_user and not sole:
+        if rule.only_sole_user and self.contraction.successors(producer) != {user}:
             return False
-        edge = Edge(a, b, self._relation(producer, user), sole)
+        edge = Edge(a, b, self._relation(producer, user))
         if not rule.allows(edge, self.limits) or not self._apart_allowed(producer, user):
             return False
         if self.contraction.detour(producer, user):

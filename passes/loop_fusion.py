@@ -100,7 +100,7 @@ class LoopFusion:
         try:
             return _schedule(context, scop)
         except isl.Error as error:
-            if "max_operations" in str(error) or "operations" in str(error):
+            if "operations" in str(error):
                 return Refused(nodes, RULE, "isl ran out of operations", f"limit {self.isl_operations}")
             return Refused(nodes, RULE, "isl failed", str(error).splitlines()[0])
 
