@@ -34,6 +34,8 @@ class Op(Enum):
     AND = "and"
     OR = "or"
     XOR = "xor"
+    SHL = "shift_left"
+    SHR = "shift_right"
     NOT = "not"
     SELECT = "select"
     CAST = "cast"
@@ -69,7 +71,8 @@ class Op(Enum):
 
 _CHEAP = {
     Op.ADD, Op.SUB, Op.MUL, Op.MAX, Op.MIN, Op.EQ, Op.LT, Op.LE, Op.AND, Op.OR, Op.XOR, Op.NOT,
-    Op.SELECT, Op.CAST, Op.NEG, Op.ABS, Op.SIGN, Op.FLOOR, Op.CEIL, Op.ROUND, Op.IS_NAN, Op.IS_INF,
+    Op.SHL, Op.SHR, Op.SELECT, Op.CAST, Op.NEG, Op.ABS, Op.SIGN, Op.FLOOR, Op.CEIL, Op.ROUND,
+    Op.IS_NAN, Op.IS_INF,
 }  # fmt: skip
 
 

@@ -65,9 +65,14 @@ class Operator:
     position: int  # place in topological order
     op_type: str
     inputs: tuple[Value, ...]  # tensors the primitives read; scalar constants are part of the blocks
-    outputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]  # those of the node's results that something uses
     primitives: tuple[Primitive, ...]
     node: ir.Node
+
+    def results(self) -> dict[ir.Value, Value]:
+        """The node's own values for the outputs."""
+        own = (self.node.outputs[place] for place in used_outputs(self.node))
+        return dict(zip(own, self.outputs, strict=True))
 
     @property
     def pattern(self) -> Pattern:
@@ -76,6 +81,15 @@ class Operator:
     @property
     def cost(self) -> int:
         return sum(primitive.block.cost for primitive in self.primitives)
+
+
+def used_outputs(node: ir.Node) -> tuple[int, ...]:
+    """The places of the node's results that are needed; the first is always counted."""
+    return tuple(
+        place
+        for place, value in enumerate(node.outputs)
+        if place == 0 or (value.name and (value.uses() or value.is_graph_output()))
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,17 @@ class Quotient:
 
 
 @dataclass(frozen=True, slots=True)
+class Maximum:
+    """The greater of two indices, where no rule tells which one it is."""
+
+    left: Index
+    right: Index
+
+    def __str__(self) -> str:
+        return f"max({self.left}, {self.right})"
+
+
+@dataclass(frozen=True, slots=True)
 class Indirect:
     """An index read from an integer tensor; negative values count from the end of `extent`."""
 
@@ -59,7 +70,7 @@ class Indirect:
         return f"{self.tensor}[{', '.join(map(str, self.indices))}]"
 
 
-Atom: TypeAlias = Symbol | Iterator | Quotient | Indirect
+Atom: TypeAlias = Symbol | Iterator | Quotient | Maximum | Indirect
 Monomial: TypeAlias = tuple[Atom, ...]
 IndexLike: TypeAlias = Union["Index", int]
 
@@ -186,11 +197,8 @@ class Index:
         for monomial, _ in self.terms:
             for atom in monomial:
                 found.add(atom)
-                if isinstance(atom, Quotient):
-                    found |= atom.numerator.atoms() | atom.divisor.atoms()
-                elif isinstance(atom, Indirect):
-                    for index in atom.indices:
-                        found |= index.atoms()
+                for part in _parts(atom):
+                    found |= part.atoms()
         return frozenset(found)
 
     def iterators(self) -> frozenset[Iterator]:
@@ -270,6 +278,23 @@ def delinearise(offset: Index, shape: tuple[Index, ...]) -> tuple[Index, ...]:
     return (*((offset,) if shape else ()), *reversed(indices))
 
 
+def maximum(left: Index, right: Index) -> Index:
+    if non_negative(left - right):
+        return left
+    if non_negative(right - left):
+        return right
+    return Index.of(Maximum(left, right))
+
+
+def minimum(left: Index, right: Index) -> Index:
+    return -maximum(-left, -right)
+
+
+def clamped(index: Index, extent: Index) -> Index:
+    """The index of the axis that is nearest to `index`, for an axis that is not empty."""
+    return minimum(maximum(index, ZERO), extent - 1)
+
+
 def non_negative(value: Index) -> bool:
     """True when the polynomial is >= 0 for every value its atoms can take."""
     return _least(value) is not None
@@ -304,6 +329,19 @@ def _remove(monomial: Monomial, factor: Monomial) -> Monomial | None:
     return tuple(left)
 
 
+def _parts(atom: Atom) -> tuple[Index, ...]:
+    """The indices that an atom is made of."""
+    match atom:
+        case Symbol() | Iterator():
+            return ()
+        case Quotient(numerator, divisor):
+            return (numerator, divisor)
+        case Maximum(left, right):
+            return (left, right)
+        case Indirect(_, indices, _):
+            return indices
+
+
 def _rewrite_atom(atom: Atom, replace: Callable[[Atom], Index | None]) -> Index:
     found = replace(atom)
     if found is not None:
@@ -313,6 +351,8 @@ def _rewrite_atom(atom: Atom, replace: Callable[[Atom], Index | None]) -> Index:
             return Index.of(atom)
         case Quotient(numerator, divisor):
             return numerator.rewrite(replace) // divisor.rewrite(replace)
+        case Maximum(left, right):
+            return maximum(left.rewrite(replace), right.rewrite(replace))
         case Indirect(tensor, indices, extent):
             rewritten = tuple(index.rewrite(replace) for index in indices)
             return Index.of(Indirect(tensor, rewritten, extent.rewrite(replace)))

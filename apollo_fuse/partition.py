@@ -14,6 +14,7 @@ from apollo_fuse.options import Options
 from apollo_fuse.passes.aggregate_ops import AggregateOps, Limits
 from apollo_fuse.passes.extract_clusters import ExtractClusters, operands
 from apollo_fuse.passes.leave_to_convolution import left_to_convolution
+from apollo_fuse.passes.leave_to_quantized import left_to_quantized
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
 from apollo_fuse.symbolic import values_of
 
@@ -45,14 +46,19 @@ def plan(model: ir.Model, options: Options) -> Plan:
     graph = model.graph
     values = values_of(graph)
     opened = list(OpenCompoundOps(model.opset_imports[""])(graph, values))
-    left = left_to_convolution(graph)
+    convolved = left_to_convolution(graph)
+    quantized = left_to_quantized(dict(zip(graph, opened, strict=True)))
     for position, node in enumerate(graph):
-        if node in left and isinstance(opened[position], Operator):
-            label = node.name or node.op_type
+        if isinstance(opened[position], Refused):
+            continue
+        label = node.name or node.op_type
+        if node in convolved:
             opened[position] = Refused((label,), "leave_to_convolution", "part of the convolution before it")
+        elif node in quantized:
+            opened[position] = Refused((label,), "leave_to_quantized", "part of the operator beside it")
     refused = [o for o in opened if isinstance(o, Refused)]
     names = {value.name: own for own, value in values.items()}
-    names |= {o.outputs[0].name: o.node.outputs[0] for o in opened if isinstance(o, Operator)}
+    names |= {v.name: own for o in opened if isinstance(o, Operator) for own, v in o.results().items()}
     fusion = FuseMicroGraph(options, names)
     aggregate = AggregateOps(Limits(options.max_area_operators, options.max_depth_operators))
     candidates: list[Candidate] = []
@@ -158,9 +164,9 @@ def _escaping(graph: ir.Graph, cluster: tuple[Operator, ...]) -> frozenset[str]:
     results = set(graph.outputs)
     captured = {v for node in graph if node not in members and _has_body(node) for v in operands(node)}
     return frozenset(
-        o.outputs[0].name
+        own.name
         for o in cluster
-        for value in o.node.outputs
+        for value, own in o.results().items()
         if value in results or value in captured or any(user not in members for user, _ in value.uses())
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from apollo_fuse.expressions import Block, Reduction
 from apollo_fuse.graph import Value
-from apollo_fuse.index import Index, Iterator, Monomial, Quotient, Symbol
+from apollo_fuse.index import Atom, Index, Indirect, Iterator, Maximum, Monomial, Quotient, Symbol
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Parameters:
                 pieces.append(f"{coefficient}*{name}")
             elif len(monomial) == 1:
                 (atom,) = monomial
-                text = self._atom(atom) if isinstance(atom, (Iterator, Quotient)) else None
+                text = self._atom(atom)
                 if text is None:
                     return None
                 pieces.append(f"{coefficient}*{text}")
@@ -98,11 +98,18 @@ class Parameters:
                 return None
         return " + ".join(pieces) or "0"
 
-    def _atom(self, atom: Iterator | Quotient) -> str | None:
-        if isinstance(atom, Iterator):
-            return atom.name
-        inner, divisor = self.affine(atom.numerator), atom.divisor.constant
-        return None if inner is None or divisor is None else f"floor(({inner})/{divisor})"
+    def _atom(self, atom: Atom) -> str | None:
+        match atom:
+            case Iterator(name, _):
+                return name
+            case Quotient(numerator, divisor):
+                inner, number = self.affine(numerator), divisor.constant
+                return None if inner is None or number is None else f"floor(({inner})/{number})"
+            case Maximum(left, right):
+                one, other = self.affine(left), self.affine(right)
+                return None if one is None or other is None else f"max({one}, {other})"
+            case Symbol() | Indirect():
+                return None
 
     def declaration(self) -> str:
         return f"[{', '.join(self.names.values())}] -> "

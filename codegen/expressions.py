@@ -6,7 +6,7 @@ import math
 
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Constant, Op
-from apollo_fuse.index import Atom, Index, Indirect, Iterator, Quotient, Symbol
+from apollo_fuse.index import Atom, Index, Indirect, Iterator, Maximum, Quotient, Symbol
 
 STORAGE = {
     DType.FLOAT32: "float",
@@ -152,7 +152,7 @@ def apply(op: Op, operands: tuple[str, ...], sources: tuple[DType, ...], dtype: 
             return f"{first} != {first}"
         case Op.IS_INF:
             return f"{first} == INFINITY || {first} == -INFINITY"
-        case Op.MAX | Op.MIN | Op.SIGN | Op.FLOOR_MOD | Op.TRUNC_MOD:
+        case Op.MAX | Op.MIN | Op.SIGN | Op.FLOOR_MOD | Op.TRUNC_MOD | Op.SHL | Op.SHR:
             return f"af_{op.value}_{SUFFIX[source]}({', '.join(operands)})"
         case _:
             ending = "" if source is DType.FLOAT64 else "f"
@@ -204,6 +204,8 @@ def _atom(atom: Atom) -> str:
             return name
         case Quotient(numerator, divisor):
             return f"af_floor_div({index(numerator)}, {index(divisor)})"
+        case Maximum(left, right):
+            return f"af_max_i64({index(left)}, {index(right)})"
         case Indirect(tensor, indices, extent):
             return f"af_wrap({tensor}[{index(indices[0])}], {index(extent)})"
 

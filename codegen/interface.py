@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 
 from apollo_fuse.codegen import expressions as c
-from apollo_fuse.graph import Value
+from apollo_fuse.graph import Shape, Value
 from apollo_fuse.index import Index, Indirect
 from apollo_fuse.kernel import Compute, Kernel, KernelGroup, walk
 from apollo_fuse.scop import tensor_size
@@ -70,17 +70,22 @@ def _bind(group: KernelGroup) -> str:
 
 
 def _check(group: KernelGroup) -> str:
-    """Compares the least and the greatest index of each index tensor with the axis it points into."""
+    """Compares the least and the greatest index of each index tensor with the axis it points into.
+
+    Where a read always takes the same column of the tensor's last axis, that column alone is looked at.
+    """
     places = {value.name: place for place, value in enumerate(group.inputs)}
     indirect = sorted({a for k in group.kernels for a in _indirect_reads(k)}, key=str)
-    axes = list(dict.fromkeys((a.tensor, a.extent) for a in indirect))
+    shapes = {value.name: value.shape for value in group.inputs}
+    axes = list(dict.fromkeys((a.tensor, _column(a, shapes[a.tensor]), a.extent) for a in indirect))
     lines = [
         "static int check(void *const *buffers, const int64_t *n, char *message, size_t message_size) {",
         *("  (void)buffers;", "  (void)n;", "  (void)message;", "  (void)message_size;"),
     ]
-    sizes = {name: tensor_size(group.inputs[places[name]]) for name, _ in axes}
-    lines += unpack(group, _names([*sizes.values(), *(extent for _, extent in axes)])).splitlines()
-    for tensor, extent in axes:
+    sizes = {name: tensor_size(group.inputs[places[name]]) for name, _, _ in axes}
+    lines += unpack(group, _names([*sizes.values(), *(extent for _, _, extent in axes)])).splitlines()
+    for tensor, column, extent in axes:
+        start, step = (0, "1") if column is None else (column, c.index(shapes[tensor][-1]))
         place, end = places[tensor], c.index(extent)
         kind = c.STORAGE[group.inputs[place].dtype]
         lines += [
@@ -88,7 +93,7 @@ def _check(group: KernelGroup) -> str:
             f"    const {kind} *{tensor} = buffers[{place}];",
             "    int64_t least = 0, most = -1;",
             "#pragma omp simd reduction(min : least) reduction(max : most)",
-            f"    for (int64_t i = 0; i < {c.index(sizes[tensor])}; i++) {{",
+            f"    for (int64_t i = {start}; i < {c.index(sizes[tensor])}; i += {step}) {{",
             f"      least = {tensor}[i] < least ? {tensor}[i] : least;",
             f"      most = {tensor}[i] > most ? {tensor}[i] : most;",
             "    }",
@@ -102,6 +107,11 @@ def _check(group: KernelGroup) -> str:
             "  }",
         ]
     return "\n".join([*lines, "  return 0;", "}"]) + "\n"
+
+
+def _column(read: Indirect, shape: Shape) -> int | None:
+    """The place along the index tensor's last axis that the read takes, where it is one and the same."""
+    return (read.indices[0] % shape[-1]).constant if shape else None
 
 
 def _indirect_reads(kernel: Kernel) -> Iterable[Indirect]:

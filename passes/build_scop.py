@@ -21,7 +21,7 @@ from apollo_fuse.expressions import (
     Reduction,
 )
 from apollo_fuse.graph import MicroGraph, Primitive, Refused, Value
-from apollo_fuse.index import Atom, Index, Indirect, Iterator, Monomial, Quotient, Symbol
+from apollo_fuse.index import Atom, Index, Indirect, Iterator, Maximum, Monomial, Quotient, Symbol
 from apollo_fuse.passes.aggregate_ops import EXPENSIVE
 from apollo_fuse.passes.simplify import simplify
 from apollo_fuse.passes.split_axes import access_indices, split_axes
@@ -199,7 +199,7 @@ class _Renaming:
             case Indirect(tensor, indices, extent):
                 name = self.tensors[tensor]
                 return Index.of(Indirect(name, tuple(map(self.index, indices)), self.index(extent)))
-            case Quotient():
+            case Quotient() | Maximum():
                 return None
 
 

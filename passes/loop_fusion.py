@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator as Generator
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeAlias, TypeVar
 
 import islpy as isl
@@ -118,8 +119,9 @@ def _schedule(context: isl.Context, scop: Scop) -> Fused | Refused:
     writes = isl.UnionMap.read_from_str(context, writes_text).intersect_domain(domain)
     inputs = isl.UnionMap.read_from_str(context, inputs_text).intersect_domain(domain)
     order = isl.UnionMap.read_from_str(context, order_text).intersect_domain(domain)
-    flow = _dependences(reads, writes, order)
-    validity = flow.union(_dependences(writes, reads.union(writes), order)).coalesce()
+    chained, free = _reduction_order(context, macros, domain)
+    flow = _dependences(reads, writes, order).subtract(chained).union(free)
+    validity = flow.union(_dependences(writes, reads.union(writes), order).subtract(chained)).coalesce()
     sample = isl.Set.read_from_str(context, parameters.sample())
     statements = {m.name: m for m in macros}
     found: Fused | Refused | None = None
@@ -139,6 +141,33 @@ def _schedule(context: isl.Context, scop: Scop) -> Fused | Refused:
         found = found or (tree if isinstance(tree, Refused) else Fused(scop, tree))
     assert found is not None
     return found
+
+
+def _reduction_order(
+    context: isl.Context, macros: tuple[MacroStatement, ...], domain: isl.UnionSet
+) -> tuple[isl.UnionMap, isl.UnionMap]:
+    """The dependences of reductions over several loops on themselves, and what takes their place.
+
+    What is combined may be combined in any order, so a point waits for its neighbour along each loop
+    only, and not for all that came before it in the program. That leaves the loops free to be interchanged,
+    and isl without a reason to skew them.
+    """
+    chained, free = ["{ }"], ["{ }"]
+    for macro in macros:
+        reduction = macro.members[0].reduction
+        if reduction is None or len(reduction.iterators) < 2:
+            continue
+        names = [i.name for i in macro.domain]
+        here, there = f"{macro.name}[{', '.join(names)}]", ", ".join(f"{name}_" for name in names)
+        chained.append(f"{{ {here} -> {macro.name}[{there}] }}")
+        for iterator in reduction.iterators:
+            after = ", ".join(f"{name} + 1" if name == iterator.name else name for name in names)
+            free.append(f"{{ {here} -> {macro.name}[{after}] }}")
+    before, instead = (
+        reduce(isl.UnionMap.union, (isl.UnionMap.read_from_str(context, text) for text in texts))
+        for texts in (chained, free)
+    )
+    return before, instead.intersect_domain(domain).intersect_range(domain)
 
 
 def _proximities(

@@ -7,13 +7,13 @@ unit of partitioning, so that what is fused can always be swapped back node by n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from apollo_fuse.expressions import Load
-from apollo_fuse.graph import Operator, Primitive, Refused, Value
+from apollo_fuse.expressions import Block, Instruction, Load
+from apollo_fuse.graph import Operator, Primitive, Refused, Value, used_outputs
 from apollo_fuse.index import Index, Indirect
 from apollo_fuse.operators import DESCRIPTIONS, Opener, Tensor, Unsupported
 
@@ -33,8 +33,8 @@ class OpenCompoundOps:
         for position, node in enumerate(graph):
             opened = self._open(position, node, shapes, names)
             if isinstance(opened, Operator):
-                # what a description proves about its result is at least what inference knew
-                shapes[node.outputs[0]] = opened.outputs[0]
+                # what a description proves about its results is at least what inference knew
+                shapes.update(opened.results())
             result.append(opened)
         return tuple(result)
 
@@ -47,10 +47,9 @@ class OpenCompoundOps:
             return Refused((label,), RULE, "left to onnxruntime", f"no description of {node.op_type}")
         opener = Opener(node, position, self.opset, values, names)
         try:
-            result = description(opener)
-            target = values.get(node.outputs[0])
-            name = f"o{position}" if target is None else target.name
-            return _operator(position, node, opener, result, name, values)
+            found = description(opener)
+            results = found if isinstance(found, tuple) else (found,)
+            return _operator(position, node, opener, results, values)
         except Unsupported as reason:
             return Refused((label,), RULE, f"{node.op_type} not covered", str(reason))
 
@@ -59,13 +58,22 @@ def _operator(
     position: int,
     node: ir.Node,
     opener: Opener,
-    result: Tensor,
-    name: str,
+    results: Sequence[Tensor],
     values: Mapping[ir.Value, Value],
 ) -> Operator:
-    if not opener.primitives or not isinstance(result.content, str):
-        raise Unsupported("the result is a constant")
-    primitives = _rename(opener.primitives, result.content, name)
+    primitives = tuple(opener.primitives)
+    outputs: list[Value] = []
+    for place in used_outputs(node):
+        if place >= len(results):
+            raise Unsupported(f"output {place} is used")
+        result = results[place]
+        if not isinstance(result.content, str) or result.content not in {p.output.name for p in primitives}:
+            raise Unsupported("the result is a constant, or an operand as it is")
+        known = values.get(node.outputs[place])
+        name = f"o{position}_{place}" if known is None else known.name
+        primitives = _rename(primitives, result.content, name)
+        outputs.append(Value(name, result.dtype, result.shape))
+    primitives = _needed(primitives, {value.name for value in outputs})
     by_name: dict[str, Value] = {}
     unread: list[str] = []  # shapes and the like: the kernel does not need them, but the function's body does
     for place, source in enumerate(node.inputs):
@@ -79,8 +87,18 @@ def _operator(
             raise Unsupported(f"input {place} has an unknown shape or an unsupported type")
     reads = [n for p in primitives for n in _reads(p) if n in by_name]
     inputs = {n: by_name[n] for n in (*reads, *unread)}
-    outputs = (Value(name, result.dtype, result.shape),)
-    return Operator(position, node.op_type, tuple(inputs.values()), outputs, primitives, node)
+    return Operator(position, node.op_type, tuple(inputs.values()), tuple(outputs), primitives, node)
+
+
+def _needed(primitives: Sequence[Primitive], results: set[str]) -> tuple[Primitive, ...]:
+    """Those that the results are made of."""
+    wanted = set(results)
+    kept: list[Primitive] = []
+    for primitive in reversed(primitives):
+        if primitive.output.name in wanted:
+            wanted.update(_reads(primitive))
+            kept.append(primitive)
+    return tuple(reversed(kept))
 
 
 def is_constant(value: ir.Value) -> bool:
@@ -88,13 +106,20 @@ def is_constant(value: ir.Value) -> bool:
     return value.const_value is not None and value.producer() is None
 
 
-def _rename(primitives: list[Primitive], old: str, new: str) -> tuple[Primitive, ...]:
-    """Gives the primitives that define the result the name that the rest of the graph knows."""
-    renamed: list[Primitive] = []
-    for p in primitives:
-        output = Value(new, p.output.dtype, p.output.shape) if p.output.name == old else p.output
-        renamed.append(Primitive(output, p.iterators, p.indices, p.reduction, p.block, p.pattern))
-    return tuple(renamed)
+def _rename(primitives: Sequence[Primitive], old: str, new: str) -> tuple[Primitive, ...]:
+    """Gives a result the name that the rest of the graph knows, where it is made and where it is read."""
+    return tuple(
+        replace(
+            p,
+            output=replace(p.output, name=new) if p.output.name == old else p.output,
+            block=Block(tuple(_reading(item, old, new) for item in p.block.instructions)),
+        )
+        for p in primitives
+    )
+
+
+def _reading(item: Instruction, old: str, new: str) -> Instruction:
+    return replace(item, tensor=new) if isinstance(item, Load) and item.tensor == old else item
 
 
 def _reads(primitive: Primitive) -> list[str]:

@@ -3,8 +3,30 @@
 To add an operator, write its description in the module it belongs to; docs/operators.md shows how.
 """
 
-from apollo_fuse.operators import elementwise, movement, reductions
+from apollo_fuse.operators import (
+    borders,
+    elementwise,
+    indexing,
+    movement,
+    quantization,
+    reductions,
+    resize,
+    windows,
+)
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import DESCRIPTIONS
 
-__all__ = ["DESCRIPTIONS", "Opener", "Tensor", "Unsupported", "elementwise", "movement", "reductions"]
+__all__ = [
+    "DESCRIPTIONS",
+    "Opener",
+    "Tensor",
+    "Unsupported",
+    "borders",
+    "elementwise",
+    "indexing",
+    "movement",
+    "quantization",
+    "reductions",
+    "resize",
+    "windows",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from functools import reduce
 
+from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
 from apollo_fuse.index import ONE
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
@@ -57,6 +58,23 @@ def bitwise_not(o: Opener) -> Tensor:
     return o.apply(Op.XOR, x, ones)
 
 
+@operator("BitShift")
+def bit_shift(o: Opener) -> Tensor:
+    """Shifts by the width of the type or more leave nothing."""
+    return o.apply(
+        Op.SHL if o.text("direction", "LEFT") == "LEFT" else Op.SHR, _integer(o.tensor(0)), o.tensor(1)
+    )
+
+
+@operator("Shrink")
+def shrink(o: Opener) -> Tensor:
+    """Towards 0 by the bias outside of the threshold, 0 within; computed in floats, as in onnxruntime."""
+    x, bias, threshold = o.tensor(0), o.number("bias", 0.0), o.number("lambd", 0.5)
+    wide = x.cast(DType.FLOAT32)
+    low, high = wide < -threshold, wide > threshold
+    return low.select(wide + bias, high.select(wide - bias, 0.0)).cast(x.dtype)
+
+
 @operator("BiasGelu", "FastGelu", domain="com.microsoft")
 def bias_gelu(o: Opener) -> Tensor:
     """Gelu behind an optional bias; FastGelu by its approximation with tanh."""
@@ -97,7 +115,7 @@ def mod(o: Opener) -> Tensor:
 @operator("Pow")
 def power(o: Opener) -> Tensor:
     """onnxruntime multiplies for exponents 2 and 3; one half is a root, correctly rounded."""
-    x, exponent = floating(o.tensor(0)), o.tensor(1)
+    x, exponent = o.tensor(0), o.tensor(1)
     if not isinstance(exponent.content, str):
         match float(exponent.content.value):
             case 2.0:
@@ -105,9 +123,12 @@ def power(o: Opener) -> Tensor:
             case 3.0:
                 return _with_rank(x * x * x, exponent)
             case 1.0:
-                return _with_rank(x * 1.0, exponent)
+                return _with_rank(x * 1, exponent)
             case _:
                 pass
+    varies = isinstance(exponent.content, str)
+    if x.dtype.is_integer or (varies and exponent.dtype is not x.dtype):  # in doubles, as C++ has it
+        return o.apply(Op.POW, x.cast(DType.FLOAT64), exponent.cast(DType.FLOAT64)).cast(x.dtype)
     return o.apply(Op.POW, x, exponent.cast(x.dtype))
 
 
@@ -276,7 +297,7 @@ def is_inf(o: Opener) -> Tensor:
     if positive and negative:
         return infinite
     if not positive and not negative:
-        raise Unsupported("IsInf that detects neither sign")
+        return o.apply(Op.AND, infinite, False)
     return o.apply(Op.AND, infinite, (x > 0.0) if positive else (x < 0.0))
 
 

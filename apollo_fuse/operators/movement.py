@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from apollo_fuse.graph import Pattern
-from apollo_fuse.index import ONE, ZERO, Index, Indirect, product
+from apollo_fuse.index import ONE, ZERO, Index, product
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import operator
 
@@ -122,16 +123,6 @@ def tile(o: Opener) -> Tensor:
     return repeated.reshape(tuple(e * count for e, count in zip(x.shape, repeats, strict=True)))
 
 
-@operator("Trilu")
-def trilu(o: Opener) -> Tensor:
-    """What lies on the far side of the diagonal becomes 0."""
-    x = o.tensor(0)
-    diagonal = int(o.constant(1).reshape(-1)[0]) if o.has(1) else 0
-    distance = o.coordinate(x.shape, -1) - o.coordinate(x.shape, -2)
-    kept = distance >= diagonal if o.integer("upper", 1) else distance <= diagonal
-    return kept.select(x, 0)
-
-
 @operator("Expand")
 def expand(o: Opener) -> Tensor:
     _require_known(o)
@@ -190,25 +181,34 @@ def concat(o: Opener) -> Tensor:
     return o.concatenate(tensors, o.axis(o.integer("axis", 0), len(tensors[0].shape)))
 
 
-@operator("Gather")
-def gather(o: Opener) -> Tensor:
-    """Indices are read from memory; negative ones count from the end, as the specification says."""
-    x, indices = o.tensor(0), o.tensor(1)
+@operator("Split")
+def split(o: Opener) -> tuple[Tensor, ...]:
+    """Each result is a window of the operand; without sizes, all but the last are of one size."""
+    x = o.tensor(0)
     axis = o.axis(o.integer("axis", 0), len(x.shape))
-    if not isinstance(indices.content, str):
-        known = int(indices.content.value)
-        extent = x.shape[axis]
-        place = Index.of(known) if known >= 0 else extent + known
-        shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
-        rank = len(indices.shape)
-        return x.view(shape, lambda at: (*at[:axis], place, *at[axis + rank :]))
-    if not indices.dtype.is_integer:
-        raise Unsupported(f"indices of type {indices.dtype.value}")
-    name, rank, extent = indices.content, len(indices.shape), x.shape[axis]
-    shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    sizes = o.integers(1, "split")
+    extents = _equal_parts(o, x.shape[axis]) if sizes is None else tuple(map(Index.of, sizes))
+    results: list[Tensor] = []
+    offset = ZERO
+    for extent in extents:
+        shape = (*x.shape[:axis], extent, *x.shape[axis + 1 :])
+        results.append(x.view(shape, partial(_shifted, axis=axis, by=offset)))
+        offset = offset + extent
+    if offset != x.shape[axis]:
+        raise Unsupported(f"cannot prove that the parts hold all {x.shape[axis]} elements of the axis")
+    return tuple(results)
 
-    def access(at: tuple[Index, ...]) -> tuple[Index, ...]:
-        chosen = Index.of(Indirect(name, at[axis : axis + rank], extent))
-        return (*at[:axis], chosen, *at[axis + rank :])
 
-    return x.view(shape, access)
+def _equal_parts(o: Opener, extent: Index) -> tuple[Index, ...]:
+    count = len(o.node.outputs)
+    even = extent.exact_quotient(Index.of(count))
+    if even is not None:
+        return (even,) * count
+    if extent.constant is None:
+        raise Unsupported(f"cannot prove that {count} divides the extent {extent}")
+    size = -(-extent.constant // count)
+    return (*(Index.of(size) for _ in range(count - 1)), extent - size * (count - 1))
+
+
+def _shifted(at: tuple[Index, ...], axis: int, by: Index) -> tuple[Index, ...]:
+    return (*at[:axis], at[axis] + by, *at[axis + 1 :])

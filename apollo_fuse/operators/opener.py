@@ -147,14 +147,17 @@ class Opener:
     def has(self, place: int) -> bool:
         return place < len(self.node.inputs) and self.node.inputs[place] is not None
 
-    def tensor(self, place: int) -> Tensor:
-        """The operand at `place`; a constant that belongs to the operation becomes part of the expression."""
+    def tensor(self, place: int, as_operand: bool = False) -> Tensor:
+        """The operand at `place`; a constant that belongs to the operation becomes part of the expression.
+
+        With `as_operand` it is read from memory in any case, as an index tensor has to be.
+        """
         source = self._input(place)
         value = self.values.get(source)
         if value is None:
             raise Unsupported(f"input {place} has an unknown shape or an unsupported type")
         constant = source.const_value
-        if constant is not None and constant.size == 1 and _is_structural(constant):
+        if not as_operand and constant is not None and constant.size == 1 and _is_structural(constant):
             number = constant.numpy().reshape(-1)[0].item()
             return Tensor(self, value.dtype, value.shape, Constant(number, value.dtype))
         return Tensor(self, value.dtype, value.shape, value.name)
@@ -182,6 +185,11 @@ class Opener:
         """A float attribute; ONNX stores it in single precision, and so does the result."""
         found = self.node.attributes.get(name)
         return float(np.float32(default if found is None else found.as_float()))
+
+    def numbers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A list of integers that is an attribute in every opset."""
+        found = self.node.attributes.get(name)
+        return default if found is None else tuple(found.as_ints())
 
     def text(self, name: str, default: str) -> str:
         found = self.node.attributes.get(name)
@@ -221,11 +229,15 @@ class Opener:
         block = Block((Position(index, dtype),))
         return self._define((), (), (), None, block, Pattern.ELEMENTWISE)
 
+    def computed(self, shape: Shape, index: Callable[[tuple[Index, ...]], Index]) -> Tensor:
+        """The int64 tensor of this shape that holds ``index(i)`` at ``i``."""
+        iterators, at = self._iterators(shape)
+        block = Block((Position(index(at), DType.INT64),))
+        return self._define(shape, iterators, at, None, block, Pattern.ELEMENTWISE)
+
     def coordinate(self, shape: Shape, axis: int) -> Tensor:
         """For each place of a tensor of this shape, where along the axis it lies; an int64 tensor."""
-        iterators, at = self._iterators(shape)
-        block = Block((Position(at[axis], DType.INT64),))
-        return self._define(shape, iterators, at, None, block, Pattern.ELEMENTWISE)
+        return self.computed(shape, lambda at: at[axis])
 
     def apply(self, op: Op, *arguments: Scalar, dtype: DType | None = None) -> Tensor:
         """An elementwise operation with broadcasting; numbers take the type of the tensors beside them."""
@@ -281,22 +293,27 @@ class Opener:
         return self._define(shape, iterators, at, None, builder.build(), pattern)
 
     def concatenate(self, tensors: Sequence[Tensor], axis: int) -> Tensor:
-        """Writes each tensor to its own part of the result."""
+        """The tensors one after the other along the axis."""
         first = tensors[0].shape
-        total = sum((t.shape[axis] for t in tensors), start=ZERO)
-        shape = (*first[:axis], total, *first[axis + 1 :])
-        output = Value(f"t{self.position_in_graph}_{len(self.primitives)}", tensors[0].dtype, shape)
+        parts: list[tuple[Tensor, Shape]] = []
         offset = ZERO
         for tensor in tensors:
             if any(a != b for n, (a, b) in enumerate(zip(tensor.shape, first, strict=True)) if n != axis):
                 raise Unsupported(f"cannot prove that {_text(tensor.shape)} and {_text(first)} fit together")
+            parts.append((tensor, tuple(offset if n == axis else ZERO for n in range(len(first)))))
+            offset = offset + tensor.shape[axis]
+        return self.assemble((*first[:axis], offset, *first[axis + 1 :]), parts)
+
+    def assemble(self, shape: Shape, parts: Sequence[tuple[Tensor, Shape]]) -> Tensor:
+        """A tensor written in parts: each with the place of its first element. They must cover it all."""
+        output = Value(f"t{self.position_in_graph}_{len(self.primitives)}", parts[0][0].dtype, shape)
+        for tensor, origin in parts:
             iterators, at = self._iterators(tensor.shape)
             builder = BlockBuilder()
             self._read(builder, tensor, at)
-            target = (*at[:axis], at[axis] + offset, *at[axis + 1 :])
+            target = tuple(index + start for index, start in zip(at, origin, strict=True))
             primitive = Primitive(output, iterators, target, None, builder.build(), Pattern.INJECTIVE)
             self.primitives.append(primitive)
-            offset = offset + tensor.shape[axis]
         return Tensor(self, output.dtype, shape, output.name)
 
     # -- internals --------------------------------------------------------------------------

@@ -28,11 +28,16 @@ def _exponential(x: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    return x.call(Op.SQRT)
+    return _in_floats(x, Op.SQRT)
 
 
 def _logarithm(x: Tensor) -> Tensor:
-    return x.call(Op.LOG)
+    return _in_floats(x, Op.LOG)
+
+
+def _in_floats(x: Tensor, op: Op) -> Tensor:
+    """Functions of integers are computed in doubles, and cut to integers again."""
+    return x.call(op) if x.dtype.is_float else x.cast(DType.FLOAT64).call(op).cast(x.dtype)
 
 
 # name: (what is applied to each element, how elements combine, what is applied to the result)
@@ -74,8 +79,6 @@ for _name in _REDUCTIONS:
 @operator("ReduceMean")
 def reduce_mean(o: Opener) -> Tensor:
     x = o.tensor(0)
-    if not x.dtype.is_float:
-        raise Unsupported(f"a mean of {x.dtype.value}")
     axes = _axes(o, len(x.shape))
     if not axes:
         raise Unsupported("a reduction over no axes")
@@ -85,7 +88,7 @@ def reduce_mean(o: Opener) -> Tensor:
 @operator("ReduceLogSumExp")
 def reduce_log_sum_exp(o: Opener) -> Tensor:
     """With the greatest element taken out first, where it is finite, so that no exponential overflows."""
-    x = o.tensor(0)
+    x = floating(o.tensor(0))
     axes = _axes(o, len(x.shape))
     greatest = x.reduce(Op.MAX, axes)
     shift = greatest.call(Op.IS_INF).select(0.0, greatest)
@@ -129,39 +132,65 @@ def log_softmax(o: Opener) -> Tensor:
     return shifted - shifted.call(Op.EXP).reduce(Op.ADD, axes).call(Op.LOG)
 
 
-def _single_output(o: Opener) -> None:
-    if sum(1 for output in o.node.outputs if output.name) > 1:
-        raise Unsupported("more outputs than the normalised tensor")
+def _wide(x: Tensor) -> Tensor:
+    return x.cast(DType.FLOAT32) if x.dtype.size == 2 else x
 
 
-def _normalise(x: Tensor, axes: tuple[int, ...], epsilon: float) -> Tensor:
-    """Two passes: the mean first, then the mean of squared distances from it."""
-    centred = x - x.mean(axes)
-    return centred / ((centred * centred).mean(axes) + epsilon).call(Op.SQRT)
+def _normalise(x: Tensor, axes: tuple[int, ...], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised tensor, the mean and the deviation.
+
+    Two passes: the mean first, then the mean of squared distances from it.
+    """
+    mean = x.mean(axes)
+    centred = x - mean
+    deviation = ((centred * centred).mean(axes) + epsilon).call(Op.SQRT)
+    return centred / deviation, mean, deviation
 
 
 @operator("LayerNormalization")
-def layer_normalization(o: Opener) -> Tensor:
-    _single_output(o)
+def layer_normalization(o: Opener) -> tuple[Tensor, ...]:
+    """With the mean and the inverse of the deviation as further results."""
     x = o.tensor(0)
-    dtype = x.dtype
     axes = tuple(range(o.axis(o.integer("axis", -1), len(x.shape)), len(x.shape)))
-    result = _normalise(x.cast(DType.FLOAT32) if dtype.size == 2 else x, axes, o.number("epsilon", 1e-5))
-    result = result.cast(dtype) * o.tensor(1)
-    return result + o.tensor(2) if o.has(2) else result
+    result, mean, deviation = _normalise(_wide(x), axes, o.number("epsilon", 1e-5))
+    result = result.cast(x.dtype) * o.tensor(1)
+    return result + o.tensor(2) if o.has(2) else result, mean, 1.0 / deviation
+
+
+@operator("SkipLayerNormalization", domain="com.microsoft")
+def skip_layer_normalization(o: Opener) -> tuple[Tensor, ...]:
+    """Of the sum of the operand, a residual and a bias, which is a result too."""
+    total = o.tensor(0) + o.tensor(1)
+    total = total + o.tensor(4) if o.has(4) else total
+    axes = (len(total.shape) - 1,)
+    result, mean, deviation = _normalise(_wide(total), axes, o.number("epsilon", 1e-12))
+    result = result.cast(total.dtype) * o.tensor(2)
+    return result + o.tensor(3) if o.has(3) else result, mean, 1.0 / deviation, total
 
 
 @operator("RMSNormalization")
 @operator("SimplifiedLayerNormalization")
 @operator("SimplifiedLayerNormalization", domain="com.microsoft")
-def rms_normalization(o: Opener) -> Tensor:
-    _single_output(o)
+def rms_normalization(o: Opener) -> tuple[Tensor, ...]:
     x = o.tensor(0)
-    dtype = x.dtype
     axes = tuple(range(o.axis(o.integer("axis", -1), len(x.shape)), len(x.shape)))
-    wide = x.cast(DType.FLOAT32) if dtype.size == 2 else x
-    scale = ((wide * wide).mean(axes) + o.number("epsilon", 1e-5)).call(Op.SQRT)
-    return (wide / scale).cast(dtype) * o.tensor(1)
+    result, scale = _divided_by_root_mean_square(x, axes, o.number("epsilon", 1e-5))
+    return result * o.tensor(1), 1.0 / scale
+
+
+@operator("SkipSimplifiedLayerNormalization", domain="com.microsoft")
+def skip_rms_normalization(o: Opener) -> tuple[Tensor, ...]:
+    """The second and third result are onnxruntime's mean and inverse deviation."""
+    total = o.tensor(0) + o.tensor(1)
+    total = total + o.tensor(3) if o.has(3) else total
+    result, scale = _divided_by_root_mean_square(total, (len(total.shape) - 1,), o.number("epsilon", 1e-12))
+    return result * o.tensor(2), scale, 1.0 / scale, total
+
+
+def _divided_by_root_mean_square(x: Tensor, axes: tuple[int, ...], epsilon: float) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    scale = ((wide * wide).mean(axes) + epsilon).call(Op.SQRT)
+    return (wide / scale).cast(x.dtype), scale
 
 
 @operator("MeanVarianceNormalization")
@@ -187,5 +216,5 @@ def lp_normalization(o: Opener) -> Tensor:
 def instance_normalization(o: Opener) -> Tensor:
     x = o.tensor(0)
     channels = (x.shape[1], *[ONE for _ in x.shape[2:]])
-    normalised = _normalise(x, tuple(range(2, len(x.shape))), o.number("epsilon", 1e-5))
+    normalised, _, _ = _normalise(x, tuple(range(2, len(x.shape))), o.number("epsilon", 1e-5))
     return normalised * o.tensor(1).reshape(channels) + o.tensor(2).reshape(channels)

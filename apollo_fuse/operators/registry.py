@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from apollo_fuse.operators.opener import Opener, Tensor
 
-Description = Callable[[Opener], Tensor]
+Description = Callable[[Opener], Tensor | tuple[Tensor, ...]]
 
 DESCRIPTIONS: dict[tuple[str, str], Description] = {}
 

@@ -1,0 +1,171 @@
+"""Operators that look through a sliding window: pooling, and normalisation across neighbouring channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+
+from apollo_fuse.expressions import Op
+from apollo_fuse.graph import Shape
+from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum, non_negative
+from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
+from apollo_fuse.operators.registry import operator
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How a window slides along an axis: tap `k` of `i` is element ``i*stride + k*dilation - before``."""
+
+    extent: Index  # of the operand
+    result: Index  # extent of the result
+    size: int
+    stride: int
+    dilation: int
+    before: int  # padding in front of the axis
+    after: int
+
+    def place(self, at: Index, tap: Index) -> Index:
+        return at * self.stride + tap * self.dilation - self.before
+
+    @property
+    def reaches_out(self) -> bool:
+        """Whether some tap may lie beside the axis."""
+        last = (self.result - 1) * self.stride + (self.size - 1) * self.dilation - self.before
+        return self.before > 0 or not non_negative(self.extent - 1 - last)
+
+    def taps_inside(self, at: Index, padded: bool) -> Index:
+        """How many taps of result `at` fall on the axis, or with `padded` on it and its padding."""
+        low, high = (Index.of(-self.before), self.extent + self.after) if padded else (ZERO, self.extent)
+        start = self.place(at, ZERO)
+        skipped = maximum((low - start + self.dilation - 1) // self.dilation, ZERO)
+        reached = minimum((high - start + self.dilation - 1) // self.dilation, Index.of(self.size))
+        return reached - skipped
+
+
+def _windows(o: Opener, x: Tensor) -> tuple[Window, ...]:
+    """One for each axis behind batch and channels."""
+    sizes = o.numbers("kernel_shape", ())
+    rank = len(sizes)
+    if len(x.shape) != rank + 2:
+        raise Unsupported(f"rank {len(x.shape)} for a window of rank {rank}")
+    strides, dilations = o.numbers("strides", (1,) * rank), o.numbers("dilations", (1,) * rank)
+    pads = o.numbers("pads", (0,) * (2 * rank))
+    automatic = o.text("auto_pad", "NOTSET")
+    found: list[Window] = []
+    for n, result in enumerate(o.output_shape()[2:]):
+        extent, reach = x.shape[2 + n], (sizes[n] - 1) * dilations[n] + 1
+        before, after = pads[n], pads[n + rank]
+        if automatic == "VALID":
+            before = after = 0
+        elif automatic != "NOTSET":
+            before, after = _same(automatic, extent, result, strides[n], reach)
+        found.append(Window(extent, result, sizes[n], strides[n], dilations[n], before, after))
+    return tuple(found)
+
+
+def _same(automatic: str, extent: Index, result: Index, stride: int, reach: int) -> tuple[int, int]:
+    """The padding that makes as many results as there are strides in the axis."""
+    total = ((result - 1) * stride + reach - extent).constant
+    if total is None:
+        raise Unsupported(f"{automatic} padding of the open extent {extent}")
+    less, more = max(total, 0) // 2, max(total, 0) - max(total, 0) // 2
+    return (less, more) if automatic == "SAME_UPPER" else (more, less)
+
+
+def slide(x: Tensor, axes: Sequence[int], windows: Sequence[Window], outside: float | int) -> Tensor:
+    """The taps of every window as further axes behind the others; `outside` is what padding holds."""
+    o, rank = x.opener, len(x.shape)
+    results = list(x.shape)
+    for axis, window in zip(axes, windows, strict=True):
+        results[axis] = window.result
+    shape = (*results, *(Index.of(w.size) for w in windows))
+
+    def places(at: tuple[Index, ...]) -> list[Index]:
+        return [
+            w.place(at[axis], at[rank + n]) for n, (axis, w) in enumerate(zip(axes, windows, strict=True))
+        ]
+
+    def access(at: tuple[Index, ...]) -> tuple[Index, ...]:
+        read = list(at[:rank])
+        for axis, window, place in zip(axes, windows, places(at), strict=True):
+            read[axis] = clamped(place, window.extent)
+        return tuple(read)
+
+    taps = x.view(shape, access)
+    inside: list[Tensor] = []
+    for n, (axis, window) in enumerate(zip(axes, windows, strict=True)):
+        if window.reaches_out:
+            line = tuple(e if place in (axis, rank + n) else ONE for place, e in enumerate(shape))
+            inside.append(o.computed(line, partial(_beside, window, axis, rank + n)).equal(0))
+    if not inside:
+        return taps
+    return reduce(lambda a, b: o.apply(Op.AND, a, b), inside).select(taps, outside)
+
+
+def _beside(window: Window, axis: int, tap: int, at: Shape) -> Index:
+    """How far a tap lies outside of the axis; 0 for one that is on it."""
+    place = window.place(at[axis], at[tap])
+    return place - clamped(place, window.extent)
+
+
+def _pooled(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window]) -> Tensor:
+    rank = len(x.shape)
+    taps = slide(x, range(2, rank), windows, outside)
+    return taps.reduce(op, range(rank, len(taps.shape)), keepdims=False)
+
+
+@operator("MaxPool")
+def max_pool(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    least = float("-inf") if x.dtype.is_float else -(2 ** (8 * x.dtype.size - 1)) if x.dtype.is_signed else 0
+    return _pooled(x, Op.MAX, least, _windows(o, x))
+
+
+@operator("AveragePool")
+def average_pool(o: Opener) -> Tensor:
+    """Over the taps on the axis; with `count_include_pad` over those on its padding too."""
+    x = floating(o.tensor(0))
+    windows, padded = _windows(o, x), bool(o.integer("count_include_pad", 0))
+    counts = [o.computed(_line(x, n, w), partial(_count, w, n + 2, padded)) for n, w in enumerate(windows)]
+    total = _pooled(x, Op.ADD, 0.0, windows)
+    return total / reduce(lambda a, b: a * b, counts).cast(x.dtype.compute).cast(x.dtype)
+
+
+def _line(x: Tensor, axis: int, window: Window) -> Shape:
+    """The shape of something that varies along one of the result's spatial axes only."""
+    return tuple(window.result if place == axis + 2 else ONE for place in range(len(x.shape)))
+
+
+def _count(window: Window, axis: int, padded: bool, at: Shape) -> Index:
+    return window.taps_inside(at[axis], padded)
+
+
+@operator("LpPool")
+def lp_pool(o: Opener) -> Tensor:
+    x = floating(o.tensor(0))
+    p = float(o.integer("p", 2))
+    return _norm(p, lambda powers: _pooled(powers, Op.ADD, 0.0, _windows(o, x)), x)
+
+
+def _norm(p: float, add_up: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    magnitude = x.call(Op.ABS)
+    match p:
+        case 1.0:
+            return add_up(magnitude)
+        case 2.0:
+            return add_up(x * x).call(Op.SQRT)
+        case _:
+            return x.opener.apply(Op.POW, add_up(x.opener.apply(Op.POW, magnitude, p)), 1.0 / p)
+
+
+@operator("LRN")
+def lrn(o: Opener) -> Tensor:
+    """Squares are added up over the neighbouring channels."""
+    x = floating(o.tensor(0))
+    size = o.integer("size", 1)
+    window = Window(x.shape[1], x.shape[1], size, 1, 1, (size - 1) // 2, size // 2)
+    taps = slide(x, (1,), (window,), 0.0)
+    squares = (taps * taps).reduce(Op.ADD, (len(x.shape),), keepdims=False)
+    alpha, beta, bias = o.number("alpha", 0.0001), o.number("beta", 0.75), o.number("bias", 1.0)
+    return x / o.apply(Op.POW, squares * (alpha / size) + bias, beta)
