@@ -7,6 +7,7 @@ this package stays light.
 from typing import TYPE_CHECKING
 
 from apollo_fuse._version import __version__
+from apollo_fuse.cpu import CpuTargets
 from apollo_fuse.errors import ApolloFuseError
 from apollo_fuse.options import InputShape, Options
 from apollo_fuse.report import Report
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
     from apollo_fuse.driver import fuse
     from apollo_fuse.runtime import session
 
-__all__ = ["ApolloFuseError", "InputShape", "Options", "Report", "__version__", "fuse", "session"]
+__all__ = [
+    "ApolloFuseError",
+    "CpuTargets",
+    "InputShape",
+    "Options",
+    "Report",
+    "__version__",
+    "fuse",
+    "session",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from apollo_fuse._version import __version__
 from apollo_fuse.atomic import require_writable, write_text
+from apollo_fuse.cpu import NATIVE, CpuTargets
 from apollo_fuse.errors import ApolloFuseError, OutputError, UsageError
 from apollo_fuse.options import TARGETS, InputShape, Options, default_cache_dir
 from apollo_fuse.progress import SilentProgress, TerminalProgress
@@ -87,6 +88,10 @@ def _read_shapes(
     return tuple(InputShape.parse(value) for value in values)
 
 
+def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTargets:
+    return CpuTargets.parse(value)
+
+
 @click.command(cls=OneLineErrorCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
@@ -112,6 +117,15 @@ def _read_shapes(
 )
 @click.option(
     "--target", type=click.Choice(TARGETS), default="auto", show_default=True, help="What to compile for."
+)
+@click.option(
+    "--cpu",
+    default=NATIVE,
+    show_default=True,
+    callback=_read_cpus,
+    metavar="NAME,...",
+    help="The processors that the library is for: this machine's, x86-64, x86-64-v2, x86-64-v3 and x86-64-v4 "
+    "in one, or aarch64.",
 )
 @click.option("--explain", is_flag=True, help="Print each kernel and each refusal, with their figures.")
 @click.option(
@@ -150,6 +164,7 @@ def main(
     shapes: tuple[InputShape, ...],
     inputs: Path | None,
     target: str,
+    cpu: CpuTargets,
     explain: bool,
     json_file: Path | None,
     dump: Path | None,
@@ -173,6 +188,7 @@ def main(
         shapes=shapes,
         inputs=inputs,
         target=target,
+        cpu=cpu,
         measure=not no_measure,
         strict=strict,
         cache_dir=cache_dir or default_cache_dir(),

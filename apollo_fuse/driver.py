@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -15,8 +15,11 @@ from apollo_fuse import onnx_io
 from apollo_fuse.acceptance import Judgement, judge, needed_values
 from apollo_fuse.atomic import require_writable
 from apollo_fuse.codegen import link
+from apollo_fuse.codegen.toolchain import Toolchain
+from apollo_fuse.cpu import Cpu
 from apollo_fuse.errors import NoFeedsError, VerificationError
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
+from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Value
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan, plan
@@ -59,10 +62,16 @@ class _Compilation:
     warnings: list[str] = field(default_factory=list)
     given: dict[str, Array] = field(default_factory=dict)  # inputs that the user chose
     shapes: list[tuple[Value, tuple[int, ...]]] = field(default_factory=list)  # in the measured run
+    toolchains: dict[Cpu, Toolchain] = field(default_factory=dict)
 
     @property
     def threads(self) -> int:
         return self.options.threads or default_threads()
+
+    @property
+    def tried(self) -> Cpu:
+        """The processor that kernels are verified and measured for."""
+        return self.options.cpu.tried_on(Cpu.native())
 
     def run(self) -> Report:
         start = perf_counter()
@@ -87,7 +96,7 @@ class _Compilation:
                 settled = self._settle(chosen, trial, feeds, judgements)
             library = self.output.with_suffix(".so")
             if settled.kept:
-                trial.write(settled.kept, self.output)
+                trial.write(settled.kept, self.output, self._builds(settled.kept, trial.build))
             else:
                 onnx_io.write_unchanged(self.path, self.output)
                 link.remove_library(library)
@@ -111,10 +120,28 @@ class _Compilation:
             return None
 
     def _compile(self, chosen: Plan, clean: ir.Model, folder: Path) -> Trial:
-        sources = {x.name: x.source for x in chosen.candidates}
-        self.progress.stage("compile", len(sources))
+        environment = {**os.environ, "CC": self.options.compiler or ""}
+        cpus = dict.fromkeys((self.tried, *self.options.cpu.cpus))
+        self.toolchains = {cpu: Toolchain.find(environment, cpu) for cpu in cpus}
+        build = self._build(chosen.candidates, self.tried)
+        return Trial(self.path, clean, build, self.options.cache_dir, self.threads, folder)
+
+    def _builds(self, kept: Sequence[Candidate], tried: link.Build) -> list[link.Build]:
+        """The kernels that stay, for each processor of the library."""
+        machine = Cpu.native()
+        if unable := [str(cpu) for cpu in self.options.cpu.cpus if not machine.runs(cpu)]:
+            done = "verified and measured" if self.options.measure else "verified"
+            self.warnings.append(
+                f"this machine cannot run code for {', '.join(unable)}: the kernels were {done} as code for "
+                f"{self.tried} alone; try the result on such a machine"
+            )
+        return [tried if cpu == self.tried else self._build(kept, cpu) for cpu in self.options.cpu.cpus]
+
+    def _build(self, candidates: Sequence[Candidate], cpu: Cpu) -> link.Build:
+        sources = {x.name: x.source for x in candidates}
+        toolchain = self.toolchains[cpu]
+        self.progress.stage(f"compile {cpu}", len(sources))
         with self._timed("cc"):
-            toolchain = link.Toolchain.find({**os.environ, "CC": self.options.compiler or ""})
             done = 0
 
             def advance(count: int) -> None:
@@ -124,8 +151,7 @@ class _Compilation:
 
             cache = self.options.cache_dir
             files = link.compile_objects(list(sources.values()), toolchain, cache, self.threads, advance)
-        objects = dict(zip(sources, files, strict=True))
-        return Trial(self.path, clean, toolchain, objects, cache, self.threads, folder)
+        return link.Build(toolchain, dict(zip(sources, files, strict=True)))
 
     def _judge(
         self, model: ir.Model, chosen: Plan, trial: Trial, feeds: Mapping[str, Array]
@@ -205,6 +231,8 @@ class _Compilation:
             library=library,
             target="cpu",
             cpu=summary.cpu,
+            cpu_targets=tuple(map(str, self.options.cpu.cpus)) if library is not None else (),
+            verified_cpu=str(self.tried),
             versions=summary.versions,
             nodes_before=summary.nodes_before,
             nodes_after=summary.nodes_after,

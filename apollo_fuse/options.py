@@ -10,6 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
+from apollo_fuse.cpu import CpuTargets
 from apollo_fuse.errors import UsageError
 
 TARGETS = ("auto", "cpu")
@@ -69,6 +70,7 @@ class Options:
     shapes: extents for inputs with open dimensions, used to measure and to verify; one entry an input.
     inputs: a `.npz` file with arrays for inputs by name, to measure and verify with; others are made up.
     target: `cpu`, or `auto` for what the machine has.
+    cpu: the processors that the library is made for; the machine's own unless others are named.
     measure: decide what is kept by measuring on this machine; False decides by the cost model alone.
     strict: a kernel that fails verification is an error, instead of being dropped with a warning.
     cache_dir: where compiled kernels are kept between runs.
@@ -86,6 +88,7 @@ class Options:
     shapes: tuple[InputShape, ...] = ()
     inputs: Path | None = None
     target: str = "auto"
+    cpu: CpuTargets = field(default_factory=CpuTargets.native)
     measure: bool = True
     strict: bool = False
     cache_dir: Path = field(default_factory=default_cache_dir)

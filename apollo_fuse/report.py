@@ -114,6 +114,9 @@ class Report:
 
     library: the custom-op library, or None when nothing was fused and the model was written unchanged.
     target, cpu: what was compiled for, and the processor it was compiled on.
+    cpu_targets: what the library's kernels were compiled for, the lowest level first; none without a library.
+    verified_cpu: what they were compiled for when they were verified and measured: the best of the targets
+        that the machine runs, or else the machine's own.
     versions: apollo-fuse and what its result depends on, by name.
     nodes_before, nodes_after: nodes of the original and of the written model, bodies of If, Loop and Scan
         included, Constant nodes left out.
@@ -125,6 +128,8 @@ class Report:
     library: Path | None
     target: str
     cpu: str
+    cpu_targets: tuple[str, ...]
+    verified_cpu: str
     versions: Mapping[str, str]
     nodes_before: int
     nodes_after: int

@@ -31,12 +31,14 @@ def open_session(path: Path, threads: int, library: Path | None = None) -> ort.I
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What it takes to make the fused model; `clean` is not changed, `folder` takes the files of trials."""
+    """What it takes to make the fused model; `clean` is not changed, `folder` takes the files of trials.
+
+    `build` holds the kernels that this machine tries.
+    """
 
     path: Path
     clean: ir.Model
-    toolchain: link.Toolchain
-    objects: Mapping[str, Path]
+    build: link.Build
     cache: Path
     threads: int
     folder: Path
@@ -51,21 +53,28 @@ class Trial:
             return open_session(path, self.threads, self.write(chosen, path))
 
     def library(self, chosen: Sequence[Candidate], path: Path) -> None:
-        """Links the kernels of these candidates."""
-        names = sorted({x.name for x in chosen})
-        table = c.table(names, self.toolchain.level)
-        link.link_library([self.objects[n] for n in names], table, path, self.toolchain, self.cache)
+        """Links the kernels of these candidates, for this machine."""
+        self._link(chosen, path, [self.build])
 
-    def write(self, chosen: Sequence[Candidate], path: Path) -> Path:
+    def write(
+        self, chosen: Sequence[Candidate], path: Path, builds: Sequence[link.Build] | None = None
+    ) -> Path:
         """Writes the model with these candidates, and its library beside it; gives the library's path.
 
-        Where that fails, neither file has changed.
+        The library holds what was built for its targets, or else for this machine. Where anything fails,
+        neither file has changed.
         """
         library = path.with_suffix(".so")
         with replacing(library) as temporary:
-            self.library(chosen, temporary)
+            self._link(chosen, temporary, builds or [self.build])
             onnx_io.write(self._swapped(chosen), path)
         return library
+
+    def _link(self, chosen: Sequence[Candidate], path: Path, builds: Sequence[link.Build]) -> None:
+        names = sorted({x.name for x in chosen})
+        table = c.table(names, [build.toolchain.cpu.level for build in builds])
+        objects = [build.objects[name] for build in builds for name in names]
+        link.link_library(objects, table, path, builds[0].toolchain, self.cache)
 
     def _swapped(self, chosen: Sequence[Candidate]) -> ir.Model:
         model = self.clean.clone()

@@ -7,6 +7,7 @@ become arrays on the stack or, when their size is known at run time only, scratc
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from apollo_fuse.codegen import expressions as c
@@ -34,7 +35,7 @@ GRAIN = 1 << 19  # cheap operations that are worth a thread
 
 
 def emit(group: KernelGroup, name: str, comment: str) -> str:
-    """The translation unit that defines ``const af_op NAME``; `comment` says what it computes."""
+    """The translation unit that defines ``const af_op AF_OP(NAME)``; `comment` says what it computes."""
     parts = [f"/* {comment} */", '#include "kernel.h"', '#include "scalar.h"', "#include <stdio.h>", ""]
     for kernel in group.kernels:
         parts.append(_kernel(group, kernel))
@@ -42,11 +43,16 @@ def emit(group: KernelGroup, name: str, comment: str) -> str:
     return "\n".join(parts)
 
 
-def table(names: list[str], level: int) -> str:
-    """The translation unit with the library's table of ops, for a given x86-64 level."""
-    lines = ['#include "kernel.h"', *(f"extern const af_op {name};" for name in names)]
-    entries = ", ".join([*(f"&{name}" for name in names), "NULL"])
-    lines += [f"const af_op *const af_ops[] = {{{entries}}};", f"const int32_t af_x86_level = {level};"]
+def table(names: Sequence[str], levels: Iterable[int]) -> str:
+    """The translation unit with the library's tables: the same ops for each x86-64 level (0 elsewhere)."""
+    lines = ['#include "kernel.h"']
+    tables: list[str] = []
+    for level in sorted(levels, reverse=True):  # the plugin takes the first that fits
+        lines += [f"extern const af_op {name}_v{level};" for name in names]
+        entries = ", ".join([*(f"&{name}_v{level}" for name in names), "NULL"])
+        lines.append(f"static const af_op *const ops_v{level}[] = {{{entries}}};")
+        tables.append(f"{{{level}, ops_v{level}}}")
+    lines.append(f"const af_table af_tables[] = {{{', '.join(tables)}, {{0, NULL}}}};")
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from apollo_fuse.scop import tensor_size
 
 
 def op_interface(group: KernelGroup, name: str) -> str:
-    """The definition of ``const af_op NAME``, after the kernels it names."""
+    """The definition of ``const af_op AF_OP(NAME)``, after the kernels it names."""
     kernels = ", ".join(f"&{kernel.name}" for kernel in group.kernels)
     counts = ", ".join(
         str(len(part))
@@ -28,7 +28,7 @@ static const af_kernel *const kernels[] = {{{kernels}}};
 {_check(group)}
 {_output_shapes(group)}
 {_temporaries(group)}
-const af_op {name} = {{
+const af_op AF_OP({name}) = {{
   "{name}", {counts},
   input_types, output_types, input_ranks, output_ranks, bind, check, output_shapes, temporary_bytes, kernels,
 }};

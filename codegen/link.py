@@ -2,14 +2,9 @@
 
 import hashlib
 import importlib.resources
-import importlib.util
 import os
-import platform
-import re
 import shlex
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,30 +13,11 @@ from functools import cache as memoised
 from pathlib import Path
 
 from apollo_fuse.atomic import write_bytes
-from apollo_fuse.errors import CompilerError, NoCompilerError
+from apollo_fuse.codegen.toolchain import Toolchain
+from apollo_fuse.errors import CompilerError
 
-# No -ffast-math: NaN, infinities and signed zeros keep their meaning, and so does the order of additions.
-# Only what no kernel can observe (errno, floating-point traps) is given up.
-_COMMON_FLAGS = (
-    "-std=c11",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fopenmp-simd",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fwrapv",
-    "-ffp-contract=off",
-)
 _LINK_FLAGS = ("-shared", "-Wl,--build-id=none", "-Wl,-z,defs")
-_LIBRARIES = ("-lm", "-lpthread")
-
-# The x86-64 psABI's levels, in the names that Linux gives the features.
-_LEVEL_FEATURES = {
-    2: "cx16 lahf_lm popcnt pni ssse3 sse4_1 sse4_2",
-    3: "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave",
-    4: "avx512f avx512bw avx512cd avx512dq avx512vl",
-}
+_LIBRARIES = ("-lm",)  # the few functions of POSIX threads that the plugin calls are in every glibc's libc
 _COMPILER_LINES_SHOWN = 12
 _REGISTERS = (
     b"apollo_fuse: no memory to register its ops"  # a sentence in plugin.c, which every library holds
@@ -49,45 +25,11 @@ _REGISTERS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Toolchain:
-    """A C compiler and the processor it compiles for."""
+class Build:
+    """Kernels compiled for one processor: the object file of each, by name."""
 
-    command: tuple[str, ...]
-    """The compiler's command line, without flags."""
-    identification: str
-    """What the compiler says about its version; part of every cache key."""
-    level: int
-    """The x86-64 level (1 to 4) that kernels are compiled for; 0 on other processors."""
-
-    @classmethod
-    def find(cls, environment: Mapping[str, str]) -> "Toolchain":
-        """The compiler that `CC` names, else gcc, clang, cc, or the ziglang package, for this processor.
-
-        Raises NoCompilerError where there is none.
-        """
-        command = _compiler_command(environment)
-        return cls(command, _identify(command), processor_level())
-
-    @property
-    def is_zig(self) -> bool:
-        """Whether this is the clang in zig, which spells some flags its own way."""
-        return re.search(r"\bzig(lang)?\b", " ".join((*self.command, self.identification))) is not None
-
-    @property
-    def portable_flags(self) -> tuple[str, ...]:
-        """The flags of code that any processor of this architecture must run."""
-        # zig's clang adds the undefined-behaviour sanitizer on its own, and debug information with our paths.
-        return (*_COMMON_FLAGS, "-fno-sanitize=undefined", "-g0") if self.is_zig else _COMMON_FLAGS
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """The flags of kernels, for this processor."""
-        if self.level == 0:
-            return self.portable_flags
-        base = "x86_64" if self.is_zig else "x86-64"
-        march = base if self.level == 1 else f"{base}{'_' if self.is_zig else '-'}v{self.level}"
-        wide = ("-mprefer-vector-width=512",) if self.level == 4 else ()
-        return (*self.portable_flags, f"-march={march}", *wide)
+    toolchain: Toolchain
+    objects: Mapping[str, Path]
 
 
 def compile_objects(
@@ -129,9 +71,11 @@ def link_library(
 
     Raises CompilerError with the linker's first lines, and OutputError where `output` cannot be written.
     """
-    # The plugin runs before it knows the processor, hence the flags that every processor can run.
+    # The plugin runs before it knows the processor, hence the flags that every processor can run; and what
+    # a linker adds of its own follows them.
+    flags = toolchain.portable_flags
     own = [
-        _compile(source, toolchain, toolchain.portable_flags, cache)
+        _compile(source, toolchain, flags, cache)
         for source in ((_runtime() / "plugin.c").read_text(), table_source)
     ]
     with tempfile.TemporaryDirectory(dir=_private(cache)) as folder:
@@ -139,7 +83,7 @@ def link_library(
         names = [f"{position}.o" for position in range(len(own) + len(objects))]
         for name, file in zip(names, [*own, *objects], strict=True):
             Path(folder, name).symlink_to(file.absolute())
-        _run(toolchain, [*_LINK_FLAGS, *names, "-o", "library.so", *_LIBRARIES], Path(folder))
+        _run(toolchain, [*flags, *_LINK_FLAGS, *names, "-o", "library.so", *_LIBRARIES], Path(folder))
         write_bytes(output, Path(folder, "library.so").read_bytes())
 
 
@@ -147,23 +91,6 @@ def remove_library(path: Path) -> None:
     """Remove the library of an earlier run at `path`; any other file there stays."""
     if path.is_file() and _REGISTERS in path.read_bytes():
         path.unlink()
-
-
-def processor_level() -> int:
-    """The x86-64 level of this processor, 1 where its features are not known; 0 on other architectures."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return 0
-    try:
-        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    features = set(found[1].split()) if found else set()
-    level = 1
-    for candidate, required in _LEVEL_FEATURES.items():
-        if not features.issuperset(required.split()):
-            break
-        level = candidate
-    return level
 
 
 def _compile(source: str, toolchain: Toolchain, flags: Sequence[str], cache: Path) -> Path:
@@ -197,34 +124,6 @@ def _run(toolchain: Toolchain, arguments: Sequence[str], folder: Path) -> None:
             f"{shlex.join(toolchain.command)} ended with status {done.returncode}, expected 0; try another "
             f"compiler in CC, and report this with the model:\n{shown}"
         )
-
-
-def _compiler_command(environment: Mapping[str, str]) -> tuple[str, ...]:
-    path = environment.get("PATH")
-    if chosen := shlex.split(environment.get("CC", "")):
-        if (program := shutil.which(chosen[0], path=path)) is None:
-            raise NoCompilerError(
-                f"CC is {chosen[0]!r}, which is no program on PATH; set it to one, or unset it"
-            )
-        return (os.path.abspath(program), *chosen[1:])
-    for name in ("gcc", "clang", "cc"):
-        if (program := shutil.which(name, path=path)) is not None:
-            return (os.path.abspath(program),)
-    if importlib.util.find_spec("ziglang") is not None:
-        return (sys.executable, "-m", "ziglang", "cc")
-    raise NoCompilerError("no C compiler was found; install gcc or run `pip install 'apollo-fuse[cc]'`")
-
-
-def _identify(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise CompilerError(
-            f"{shlex.join(command)} cannot be run: {error}; set CC to a C compiler"
-        ) from error
-    if done.returncode != 0:
-        raise CompilerError(f"{shlex.join(command)} --version failed; set CC to a C compiler")
-    return done.stdout
 
 
 def _runtime() -> Path:

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 
 from apollo_fuse import cli
+from apollo_fuse.cpu import Cpu, CpuTargets
 from apollo_fuse.errors import ApolloFuseError, ModelError, UsageError, VerificationError
 from apollo_fuse.options import InputShape, Options
 from apollo_fuse.progress import Progress
@@ -75,6 +76,7 @@ def test_version_and_help_exit_with_success() -> None:
         "--shape",
         "--inputs",
         "--target",
+        "--cpu",
         "--explain",
         "--json",
         "--dump",
@@ -91,7 +93,7 @@ def test_the_default_output_lies_beside_the_model(driver: StubDriver, model: Pat
 def test_every_option_reaches_the_driver(driver: StubDriver, model: Path, tmp_path: Path) -> None:
     out, cache, dump = tmp_path / "out.onnx", tmp_path / "cache", tmp_path / "new" / "dump"
     arguments = f"-o {out} --shape x:0:1,128 --shape y:7 --inputs x.npz --target cpu --no-measure --strict"
-    arguments += " --threads 3"
+    arguments += " --threads 3 --cpu x86-64-v3,x86-64-v2"
     result = run(model, *arguments.split(), "--cache-dir", cache, "--dump", dump)
     assert result.exit_code == 0
     shapes = (InputShape("x:0", (1, 128)), InputShape("y", (7,)))
@@ -99,6 +101,7 @@ def test_every_option_reaches_the_driver(driver: StubDriver, model: Path, tmp_pa
         shapes=shapes,
         inputs=Path("x.npz"),
         target="cpu",
+        cpu=CpuTargets((Cpu("x86-64", 2), Cpu("x86-64", 3))),
         measure=False,
         strict=True,
         cache_dir=cache,
@@ -188,6 +191,8 @@ def test_a_failure_keeps_an_earlier_json_report(driver: StubDriver, model: Path,
         ([], "Missing argument 'MODEL'"),
         (["{model}", "--nonsense"], "--nonsense"),
         (["{model}", "--target", "gpu"], "'auto', 'cpu'"),
+        (["{model}", "--cpu", "x86-64-v9"], "x86-64-v2, x86-64-v3, x86-64-v4, aarch64"),
+        (["{model}", "--cpu", "x86-64,aarch64"], "different architectures"),
         (["{model}", "--threads", "0"], "--threads"),
         (["{model}", "--shape", "x"], "NAME:1,128"),
         (["{model}", "--shape", ":1,128"], "NAME:1,128"),

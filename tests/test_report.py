@@ -142,3 +142,4 @@ def test_the_compile_time_is_told_by_part() -> None:
         in text
     )
     assert "apollo-fuse 0.1.0, onnxruntime 1.32.0" in text
+    assert "For x86-64-v2, x86-64-v4; verified as code for x86-64-v4" in text

@@ -1,7 +1,9 @@
 """The plugin inside onnxruntime, with hand-written kernels in the place of generated ones."""
 
 import gc
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from apollo_fuse.codegen import link
+from apollo_fuse.codegen import c, link
+from apollo_fuse.codegen.toolchain import Toolchain
+from apollo_fuse.cpu import Cpu
 from apollo_fuse.errors import UsageError
 from apollo_fuse.runtime import session
 
@@ -70,19 +74,15 @@ static const af_kernel first = {rows, few, none, add}, second = {rows, few, row_
 static const af_kernel *const kernels[] = {&first, &second};
 static const int32_t types[] = {1, 1}, input_ranks[] = {2, 1}, output_ranks[] = {2, 1};
 
-const af_op fused_op = {
+const af_op AF_OP(fused_op) = {
     .name = "Fused", .input_count = 2, .output_count = 2, .temporary_count = 1, .symbol_count = 2,
     .kernel_count = 2, .input_types = types, .output_types = types, .input_ranks = input_ranks,
     .output_ranks = output_ranks, .bind = bind, .check = check, .output_shapes = output_shapes,
     .temporary_bytes = temporary_bytes, .kernels = kernels};
 """
 
-TABLE = """
-#include "kernel.h"
-extern const af_op fused_op;
-const af_op *const af_ops[] = {{&fused_op, NULL}};
-const int32_t af_x86_level = {level};
-"""
+
+REPORTING = KERNELS.replace("sum = 1000.0f;", "sum = 1000.0f + AF_LEVEL;")
 
 
 def write_model(path: Path, rows: int | str = "N", columns: int | str = "M", rank: int = 2) -> Path:
@@ -114,12 +114,21 @@ def write_model(path: Path, rows: int | str = "N", columns: int | str = "M", ran
     return path
 
 
-def build(path: Path, level: int | None = None) -> Path:
-    toolchain = link.Toolchain.find({"PATH": "/usr/bin:/bin"})
+def build(path: Path, source: str = KERNELS, cpus: Sequence[Cpu] = (Cpu.native(),)) -> Path:
     cache = path.parent / "cache"
-    objects = link.compile_objects([KERNELS], toolchain, cache, jobs=1)
-    table = TABLE.format(level=toolchain.level if level is None else level)
-    link.link_library(objects, table, path, toolchain, cache)
+    toolchains = [Toolchain.find({"PATH": "/usr/bin:/bin"}, cpu) for cpu in cpus]
+    objects = [link.compile_objects([source], toolchain, cache, jobs=1)[0] for toolchain in toolchains]
+    table = c.table(["fused_op"], [cpu.level for cpu in cpus])
+    link.link_library(objects, table, path, toolchains[0], cache)
+    return path
+
+
+def build_claiming(path: Path, levels: Sequence[int]) -> Path:
+    """A library with the kernels once a level, which adds its number; each is code for this machine."""
+    toolchain, cache = Toolchain.find({"PATH": "/usr/bin:/bin"}), path.parent / "cache"
+    claims = [f"#undef AF_LEVEL\n#define AF_LEVEL {level}\n{REPORTING}" for level in levels]
+    objects = link.compile_objects(claims, toolchain, cache, jobs=1)
+    link.link_library(objects, c.table(["fused_op"], levels), path, toolchain, cache)
     return path
 
 
@@ -212,10 +221,7 @@ def test_a_wrong_rank_is_an_error_of_onnxruntime(tmp_path: Path, library: Path) 
 
 def test_more_memory_than_there_is_is_an_error_of_onnxruntime(tmp_path: Path) -> None:
     source = KERNELS.replace("bytes[0] = n[0] * n[1] * 4", "bytes[0] = n[1] << 50")
-    toolchain = link.Toolchain.find({"PATH": "/usr/bin:/bin"})
-    objects = link.compile_objects([source], toolchain, tmp_path / "cache", jobs=1)
-    table = TABLE.format(level=toolchain.level)
-    link.link_library(objects, table, tmp_path / "m.so", toolchain, tmp_path / "cache")
+    build(tmp_path / "m.so", source)
     running = session(write_model(tmp_path / "m.onnx"))
     for _ in range(2):
         with pytest.raises(Exception, match="Failed to allocate memory"):
@@ -250,6 +256,18 @@ def test_sessions_open_in_many_threads(tmp_path: Path) -> None:
         list(pool.map(lambda turn: check(session(model), 8 + turn, 8, added=1000), range(32)))
 
 
-def test_a_library_for_a_newer_processor_registers_nothing(tmp_path: Path) -> None:
-    build(tmp_path / "m.so", level=99)
-    check(session(write_model(tmp_path / "m.onnx")), 5, 6, added=0)
+@pytest.mark.parametrize("levels", [(98, 99), (0, 99), (1, 2, 3, 4), (1, 3), (2, 4), (4, 1, 3)])
+def test_the_highest_level_that_the_processor_has_is_picked_and_else_the_functions_run(
+    levels: Sequence[int], tmp_path: Path
+) -> None:
+    build_claiming(tmp_path / "m.so", levels)
+    fitting = [level for level in levels if level <= Cpu.native().level]
+    added = 1000 + max(fitting) if fitting else 0
+    check(session(write_model(tmp_path / "m.onnx")), 5, 6, added)
+
+
+def test_a_library_holds_code_of_several_levels_and_runs_the_best(tmp_path: Path) -> None:
+    native = Cpu.native()
+    every = [replace(native, level=level) for level in range(min(native.level, 1), native.level + 1)]
+    build(tmp_path / "m.so", REPORTING, every)
+    check(session(write_model(tmp_path / "m.onnx")), 5, 6, added=1000 + native.level)

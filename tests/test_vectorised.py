@@ -11,13 +11,13 @@ import pytest
 
 import apollo_fuse.runtime
 from apollo_fuse import onnx_io
-from apollo_fuse.codegen import link
+from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.symbolic import infer_shapes
 from models import memory_bound, networks
 
-TOOLCHAIN = link.Toolchain.find({"PATH": "/usr/bin:/bin"})
+TOOLCHAIN = Toolchain.find({"PATH": "/usr/bin:/bin"})
 HEADERS = Path(apollo_fuse.runtime.__file__).parent
 PRAGMA = "#pragma omp simd"
 MODELS = {
@@ -57,7 +57,7 @@ def vectorised_lines(source: str, folder: Path) -> set[int]:
 
 
 @pytest.mark.skipif("Free Software Foundation" not in TOOLCHAIN.identification, reason="reads gcc's report")
-@pytest.mark.skipif(TOOLCHAIN.level not in (3, 4), reason="conversions of integers need AVX2")
+@pytest.mark.skipif(TOOLCHAIN.cpu.level not in (3, 4), reason="conversions of integers need AVX2")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_lane_loop_is_vectorised(name: str, tmp_path: Path) -> None:
     onnx.save(MODELS[name](), tmp_path / "model.onnx")

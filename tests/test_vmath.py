@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import apollo_fuse.runtime
-from apollo_fuse.codegen import link
+from apollo_fuse.codegen.toolchain import Toolchain
 
 Array = np.ndarray
 HEADERS = Path(apollo_fuse.runtime.__file__).parent
-TOOLCHAIN = link.Toolchain.find({"PATH": "/usr/bin:/bin"})
-LEVELS = sorted({min(2, TOOLCHAIN.level), TOOLCHAIN.level})
+TOOLCHAIN = Toolchain.find({"PATH": "/usr/bin:/bin"})
+LEVELS = sorted({min(2, TOOLCHAIN.cpu.level), TOOLCHAIN.cpu.level})
 
 
 def sigmoid(x: Array) -> Array:
@@ -68,7 +68,7 @@ SOURCE = (
 
 def compile_loops(folder: Path, level: int, *extra: str) -> subprocess.CompletedProcess[str]:
     (folder / "loops.c").write_text(SOURCE)
-    toolchain = replace(TOOLCHAIN, level=level)
+    toolchain = replace(TOOLCHAIN, cpu=replace(TOOLCHAIN.cpu, level=level))
     arguments = [
         *toolchain.flags,
         "-fvisibility=default",
@@ -196,9 +196,9 @@ def test_a_narrow_format_is_rounded_to_nearest_even(
 
 
 @pytest.mark.skipif("Free Software Foundation" not in TOOLCHAIN.identification, reason="reads gcc's report")
-@pytest.mark.skipif(TOOLCHAIN.level not in (3, 4), reason="sine and cosine need gathers")
+@pytest.mark.skipif(TOOLCHAIN.cpu.level not in (3, 4), reason="sine and cosine need gathers")
 def test_every_loop_is_vectorised(tmp_path: Path) -> None:
-    report = compile_loops(tmp_path, TOOLCHAIN.level, "-fopt-info-vec-optimized").stderr
+    report = compile_loops(tmp_path, TOOLCHAIN.cpu.level, "-fopt-info-vec-optimized").stderr
     vectorised = {int(line.split(":")[1]) for line in report.splitlines() if "loop vectorized" in line}
     loops = {number for number, line in enumerate(SOURCE.splitlines(), 1) if "omp simd" in line}
     assert loops <= vectorised, [SOURCE.splitlines()[number - 2] for number in loops - vectorised]

@@ -1,7 +1,7 @@
 /* The contract between generated kernels and the plugin: one af_op for each custom op.
  *
- * A library made for a model holds one table of af_op, written by apollo_fuse/codegen/link.py, and
- * plugin.c, which registers each entry with onnxruntime and runs it.  Generated code never calls
+ * A library made for a model holds tables of af_op, written by apollo_fuse/codegen/c.py, and plugin.c,
+ * which registers each entry of one of them with onnxruntime and runs it.  Generated code never calls
  * onnxruntime, and plugin.c knows nothing about what a kernel computes. */
 #ifndef APOLLO_FUSE_KERNEL_H
 #define APOLLO_FUSE_KERNEL_H
@@ -42,9 +42,19 @@ typedef struct af_op {
   const af_kernel *const *kernels; /* run one after the other */
 } af_op;
 
-/* The table of the library, ended by NULL. */
-extern const af_op *const af_ops[];
-/* x86-64 microarchitecture level the kernels were compiled for (1 to 4); 0 where it does not apply. */
-extern const int32_t af_x86_level;
+/* A library may hold its kernels several times, each compiled for another level, and an op's symbol then
+ * says for which.  AF_LEVEL, given to the compiler, is the x86-64 psABI's level (1 to 4), and 0 on other
+ * architectures. */
+#define AF_OP(name) AF_OP_OF_LEVEL(name, AF_LEVEL)
+#define AF_OP_OF_LEVEL(name, level) AF_OP_NAMED(name, level)
+#define AF_OP_NAMED(name, level) name##_v##level
+
+typedef struct af_table {
+  int32_t level;           /* the level that its kernels were compiled for */
+  const af_op *const *ops; /* ended by NULL */
+} af_table;
+
+/* The tables of the library, the highest level first, ended by one without ops. */
+extern const af_table af_tables[];
 
 #endif

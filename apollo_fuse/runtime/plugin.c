@@ -78,6 +78,14 @@ static int32_t processor_level(void) {
 #endif
 }
 
+/* The ops compiled for the highest level that the processor has, or NULL where it has none of them. */
+static const af_op *const *fitting_ops(void) {
+  const int32_t level = processor_level();
+  for (const af_table *table = af_tables; table->ops; table++)
+    if (table->level <= level) return table->ops;
+  return NULL;
+}
+
 /* ---------------------------------------------------------------------------------------- the shapes */
 
 static size_t total_rank(const int32_t *ranks, int32_t count) {
@@ -364,27 +372,27 @@ static void release(registration *self) {
   free(self);
 }
 
-static OrtStatus *fill(registration *self, size_t count) {
+static OrtStatus *fill(registration *self, const af_op *const *ops, size_t count) {
   const OrtApi *api = self->api;
   RETURN_IF_FAILED(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &self->cpu));
   RETURN_IF_FAILED(api->CreateCustomOpDomain("apollo_fuse", &self->domain));
   for (size_t i = 0; i < count; i++) {
-    self->ops[i] = (custom_op){.base = interface, .op = af_ops[i], .owner = self};
+    self->ops[i] = (custom_op){.base = interface, .op = ops[i], .owner = self};
     RETURN_IF_FAILED(api->CustomOpDomain_Add(self->domain, &self->ops[i].base));
   }
   return NULL;
 }
 
 /* The one registration with this copy of onnxruntime, made on the first call. */
-static OrtStatus *registration_for(const OrtApi *api, registration **out) {
+static OrtStatus *registration_for(const OrtApi *api, const af_op *const *ops, registration **out) {
   size_t count = 0;
   for (*out = registrations; *out; *out = (*out)->next)
     if ((*out)->api == api) return NULL;
-  while (af_ops[count]) count++;
+  while (ops[count]) count++;
   registration *made = calloc(1, sizeof *made + count * sizeof made->ops[0]);
   if (!made) return api->CreateStatus(ORT_FAIL, "apollo_fuse: no memory to register its ops; free some.");
   made->api = api;
-  OrtStatus *status = fill(made, count);
+  OrtStatus *status = fill(made, ops, count);
   if (status) {
     release(made);
     return status;
@@ -406,12 +414,12 @@ __attribute__((destructor)) static void release_all(void) {
  * through the functions that it carries. */
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
                                                                     const OrtApiBase *base) {
-  if (af_x86_level > processor_level()) return NULL;
+  const af_op *const *ops = fitting_ops();
   const OrtApi *api = base->GetApi(ORT_API_VERSION);
-  if (!api) return NULL;
+  if (!ops || !api) return NULL;
   registration *found;
   pthread_mutex_lock(&registrations_lock);
-  OrtStatus *status = registration_for(api, &found);
+  OrtStatus *status = registration_for(api, ops, &found);
   pthread_mutex_unlock(&registrations_lock);
   return status ? status : api->AddCustomOpDomain(options, found->domain);
 }
