@@ -1,6 +1,7 @@
 """Opens a fused model in onnxruntime together with its library of kernels."""
 
 import os
+import platform
 from pathlib import Path
 
 import onnxruntime
@@ -19,7 +20,7 @@ def session(
     The kernels are those of `library`, or else of the file beside the model that has the suffix `.so`. Where
     there is none, the model runs through the functions that it carries. `session_kwargs` go to onnxruntime as
     they are; the library is added to their `sess_options`, which hold one such library at most. Raises
-    UsageError where they hold one already, or where `library` does not exist.
+    UsageError where they hold one already, and where the library does not exist or is for another machine.
     """
     model = Path(path)
     kernels = model.with_suffix(".so") if library is None else Path(library)
@@ -31,7 +32,7 @@ def session(
             f"sess_options is a {type(options).__name__}, expected an onnxruntime.SessionOptions; pass one"
         )
     if kernels.is_file():
-        options.register_custom_ops_library(str(kernels.absolute()))
+        _register(options, kernels)
     elif library is not None:
         raise UsageError(f"there is no library at {kernels}; give the path that apollo-fuse wrote, or none")
     try:
@@ -42,3 +43,13 @@ def session(
                 "sess_options hold a library of apollo-fuse already, expected none; pass new session options"
             ) from error
         raise
+
+
+def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(library.absolute()))
+    except Exception as error:  # onnxruntime raises classes of its own for each status
+        raise UsageError(
+            f"the library {library} does not load on this machine ({platform.machine()}): it is damaged, or "
+            "for another architecture; make one with --cpu, or take it away and the model runs without"
+        ) from error
