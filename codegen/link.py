@@ -121,8 +121,8 @@ def _run(toolchain: Toolchain, arguments: Sequence[str], folder: Path) -> None:
         lines = (done.stderr or done.stdout).strip().splitlines()
         shown = "\n".join(lines[:_COMPILER_LINES_SHOWN])
         raise CompilerError(
-            f"{shlex.join(toolchain.command)} ended with status {done.returncode}, expected 0; try another "
-            f"compiler in CC, and report this with the model:\n{shown}"
+            f"{shlex.join(toolchain.command)} ended with status {done.returncode}, expected 0; report "
+            f"this with the model, and for code for this machine try another compiler in CC:\n{shown}"
         )
 
 
