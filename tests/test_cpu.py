@@ -53,6 +53,13 @@ REPRODUCED = {
     "bert": lambda: networks.bert_layer(hidden=48, heads=4),
     "wide_deep": lambda: memory_bound.wide_deep(40, 4),
 }
+FUSE_EACH = f"""
+import sys
+from apollo_fuse.cli import main
+models, options = sys.argv[1:{len(REPRODUCED) + 1}], sys.argv[{len(REPRODUCED) + 1}:]
+for model in models:
+    main([model, *options], standalone_mode=False)
+"""
 needs_ziglang = pytest.mark.skipif(
     importlib.util.find_spec("ziglang") is None, reason="cross-compiles; pip install 'apollo-fuse[cc]'"
 )
@@ -234,19 +241,16 @@ def test_a_cross_build_without_ziglang_says_what_to_install(monkeypatch: pytest.
     ids=["native", "foreign"],
 )
 def test_the_same_input_and_options_give_the_same_bytes(targets: str, tmp_path: Path) -> None:
-    command = "from apollo_fuse.cli import main; main()"
     written: list[list[bytes]] = []
     for seed in ("1", "2"):
         folder = tmp_path / f"place {seed}"
         folder.mkdir()
-        files: list[bytes] = []
-        for name, model in REPRODUCED.items():
-            path = folder / f"{name}.onnx"
+        paths = [folder / f"{name}.onnx" for name in REPRODUCED]
+        for path, model in zip(paths, REPRODUCED.values(), strict=True):
             onnx.save(model(), path)
-            words = [path, "--no-measure", "--quiet", "--cpu", targets, "--cache-dir", folder / "cache"]
-            subprocess.run(
-                [sys.executable, "-c", command, *words], check=True, env=os.environ | {"PYTHONHASHSEED": seed}
-            )
-            files += [path.with_suffix(suffix).read_bytes() for suffix in (".fused.onnx", ".fused.so")]
-        written.append(files)
+        options = ["--no-measure", "--quiet", "--cpu", targets, "--cache-dir", folder / "cache"]
+        command = [sys.executable, "-c", FUSE_EACH, *paths, *options]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        files = [path.with_suffix(suffix) for path in paths for suffix in (".fused.onnx", ".fused.so")]
+        written.append([file.read_bytes() for file in files])
     assert written[0] == written[1]
