@@ -60,7 +60,7 @@ def bitwise_not(o: Opener) -> Tensor:
 
 @operator("BitShift")
 def bit_shift(o: Opener) -> Tensor:
-    """Shifts by the width of the type or more leave nothing."""
+    """Shifts by the width of the type or more, or by negative numbers, leave nothing but the sign."""
     return o.apply(
         Op.SHL if o.text("direction", "LEFT") == "LEFT" else Op.SHR, _integer(o.tensor(0)), o.tensor(1)
     )

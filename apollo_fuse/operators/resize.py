@@ -27,6 +27,8 @@ def upsample(o: Opener) -> Tensor:
 def resize(o: Opener) -> Tensor:
     if "axes" in o.node.attributes or o.integer("antialias", 0):
         raise Unsupported("a choice of axes, or antialiasing")
+    if o.has(3):
+        o.constant(3)  # sizes that the caller chooses prove nothing
     old = o.opset < 11  # with scales as the second operand, and no choice of mode
     scales = _scales(o, 1 if old else 2)
     how = "asymmetric" if old else o.text("coordinate_transformation_mode", "half_pixel")

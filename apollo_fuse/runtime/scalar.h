@@ -38,14 +38,21 @@ AF_FLOAT_OPS(double, f64, fmod, floor)
     return r != 0 && (r < 0) != (b < 0) ? (T)(r + b) : r;                                                \
   }
 
-#define AF_SHIFTS(T, S)                                                                                  \
-  AF_INLINE T af_shift_left_##S(T a, T b) { return b < 8 * sizeof(T) ? (T)(a << b) : 0; }                \
-  AF_INLINE T af_shift_right_##S(T a, T b) { return b < 8 * sizeof(T) ? (T)(a >> b) : 0; }
+/* A shift by the width or more, or by a negative number, leaves nothing but the sign. */
+#define AF_SHIFTS(T, U, S)                                                                               \
+  AF_INLINE T af_shift_left_##S(T a, T b) { return (U)b < 8 * sizeof(T) ? (T)((U)a << (U)b) : 0; }       \
+  AF_INLINE T af_shift_right_##S(T a, T b) {                                                             \
+    return (U)b < 8 * sizeof(T) ? (T)(a >> (U)b) : (T)(0 - (a < 0));                                     \
+  }
 
-AF_SHIFTS(uint8_t, u8)
-AF_SHIFTS(uint16_t, u16)
-AF_SHIFTS(uint32_t, u32)
-AF_SHIFTS(uint64_t, u64)
+AF_SHIFTS(int8_t, uint8_t, i8)
+AF_SHIFTS(int16_t, uint16_t, i16)
+AF_SHIFTS(int32_t, uint32_t, i32)
+AF_SHIFTS(int64_t, uint64_t, i64)
+AF_SHIFTS(uint8_t, uint8_t, u8)
+AF_SHIFTS(uint16_t, uint16_t, u16)
+AF_SHIFTS(uint32_t, uint32_t, u32)
+AF_SHIFTS(uint64_t, uint64_t, u64)
 
 AF_INTEGER_OPS(int8_t, i8)
 AF_INTEGER_OPS(int16_t, i16)
