@@ -33,11 +33,15 @@ class Pattern(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor; `name` is unique within the graph, row-major, no strides."""
+    """A tensor; `name` is unique within the graph, row-major, no strides.
+
+    `elements` is what it holds, where shape inference knows that as extents; None for one that it does not.
+    """
 
     name: str
     dtype: DType
     shape: Shape
+    elements: tuple[Index | None, ...] | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype.value}[{', '.join(map(str, self.shape))}]"
@@ -68,6 +72,7 @@ class Operator:
     outputs: tuple[Value, ...]  # those of the node's results that something uses
     primitives: tuple[Primitive, ...]
     node: ir.Node
+    required: tuple[tuple[Index, Index], ...] = ()  # extents that are equal wherever the model is valid
 
     def results(self) -> dict[ir.Value, Value]:
         """The node's own values for the outputs."""

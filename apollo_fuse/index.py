@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias, Union
 
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """An extent that is known at run time only; at least 0."""
+    """An extent that is known at run time only; at least 0.
+
+    Arithmetic sees a name. `formula` says how it comes out of other extents, where that is known.
+    """
 
     name: str
+    formula: Formula | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name
@@ -70,6 +74,19 @@ class Indirect:
         return f"{self.tensor}[{', '.join(map(str, self.indices))}]"
 
 
+@dataclass(frozen=True, slots=True)
+class Extreme:
+    """The least or the greatest of two indices."""
+
+    greatest: bool
+    left: Index
+    right: Index
+
+    def __str__(self) -> str:
+        return f"{'max' if self.greatest else 'min'}({self.left}, {self.right})"
+
+
+Formula: TypeAlias = Union["Index", Extreme]
 Atom: TypeAlias = Symbol | Iterator | Quotient | Maximum | Indirect
 Monomial: TypeAlias = tuple[Atom, ...]
 IndexLike: TypeAlias = Union["Index", int]

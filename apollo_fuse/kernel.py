@@ -15,7 +15,7 @@ from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Block, Op
 from apollo_fuse.graph import Value
 from apollo_fuse.index import ONE, Index, Iterator
-from apollo_fuse.scop import Extent
+from apollo_fuse.scop import Derived, Extent
 
 
 class Scope(Enum):
@@ -124,8 +124,9 @@ class KernelGroup:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     temporaries: tuple[Value, ...]
-    extents: tuple[Extent, ...]
+    extents: tuple[Extent | Derived, ...]
     kernels: tuple[Kernel, ...]
+    required: tuple[tuple[Index, Index], ...] = ()
 
     @property
     def stitches(self) -> bool:
@@ -140,10 +141,8 @@ class KernelGroup:
         return False
 
     def __str__(self) -> str:
-        head = [
-            f"extent {e.symbol} = ({self.inputs[e.input].name}.shape[{e.axis}] - {e.rest}) / {e.divisor}"
-            for e in self.extents
-        ]
+        head = [f"extent {e}" for e in self.extents]
+        head += [f"require {a} = {b}" for a, b in self.required]
         for role, values in (
             ("input", self.inputs),
             ("output", self.outputs),

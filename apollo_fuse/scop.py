@@ -12,18 +12,39 @@ from dataclasses import dataclass
 
 from apollo_fuse.expressions import Block, Reduction
 from apollo_fuse.graph import Value
-from apollo_fuse.index import Atom, Index, Indirect, Iterator, Maximum, Monomial, Quotient, Symbol
+from apollo_fuse.index import Atom, Formula, Index, Indirect, Iterator, Maximum, Monomial, Quotient, Symbol
+
+LEAST_SAMPLE = 37  # the least extent that a schedule is sought for
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How a run-time extent is found: ``(shape of input[axis] - rest) / divisor``."""
+    """How a run-time extent is found: ``(shape of input[axis] - rest) / divisor``.
+
+    With `is_element` it is the element at `axis` of the input, a tensor of extents, in place of its shape.
+    """
 
     symbol: Symbol
     input: int
     axis: int
     divisor: Index
     rest: Index
+    is_element: bool = False
+
+    def __str__(self) -> str:
+        source = "" if self.is_element else ".shape"
+        return f"{self.symbol} = (in{self.input}{source}[{self.axis}] - {self.rest}) / {self.divisor}"
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """An extent that is computed from others."""
+
+    symbol: Symbol
+    formula: Formula
+
+    def __str__(self) -> str:
+        return f"{self.symbol} = {self.formula}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +79,16 @@ class Scop:
     outputs: tuple[Value, ...]
     kept: tuple[Value, ...]  # intermediates that statements pass to each other inside a kernel
     statements: tuple[Statement, ...]
-    extents: tuple[Extent, ...]
+    extents: tuple[Extent | Derived, ...]
     temporaries: tuple[Value, ...] = ()  # intermediates that one kernel passes to the next, through memory
+    required: tuple[tuple[Index, Index], ...] = ()  # extents that are equal wherever the model is valid
 
     def value(self, name: str) -> Value:
         return next(v for v in (*self.inputs, *self.outputs, *self.kept, *self.temporaries) if v.name == name)
 
     def __str__(self) -> str:
-        lines = [f"extent {e.symbol} = ({self.inputs[e.input].name}.shape[{e.axis}] - {e.rest}) / {e.divisor}"
-                 for e in self.extents]  # fmt: skip
+        lines = [f"extent {e}" for e in self.extents]
+        lines += [f"require {a} = {b}" for a, b in self.required]
         roles = {"input": self.inputs, "output": self.outputs, "kept": self.kept}
         for role, values in (roles | {"temporary": self.temporaries}).items():
             lines += [f"{role} {value}" for value in values]
@@ -124,8 +146,8 @@ class Parameters:
 
 
 def _primes() -> Generator[int]:
-    """The primes from 37 on."""
-    number = 37
+    """The primes from `LEAST_SAMPLE` on."""
+    number = LEAST_SAMPLE
     while True:
         if all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
             yield number

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import onnx
 import onnx_ir as ir
 
+from apollo_fuse import extents
 from apollo_fuse.acceptance import Judgement
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Value
@@ -172,6 +173,9 @@ def _bytes(value: Value, sizes: Mapping[Symbol, int]) -> int:
 
 def evaluate(index: Index, sizes: Mapping[Symbol, int]) -> int:
     """The number that a polynomial over extents comes to; an extent that is not in `sizes` counts as 1."""
+    number = extents.evaluate(index, sizes)
+    if number is not None:
+        return number
     known = index.substitute({symbol: Index.of(sizes.get(symbol, 1)) for symbol in index.symbols()})
     return known.constant if known.constant is not None else 1
 

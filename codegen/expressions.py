@@ -6,7 +6,7 @@ import math
 
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Constant, Op
-from apollo_fuse.index import Atom, Index, Indirect, Iterator, Maximum, Quotient, Symbol
+from apollo_fuse.index import Atom, Formula, Index, Indirect, Iterator, Maximum, Quotient, Symbol
 
 STORAGE = {
     DType.FLOAT32: "float",
@@ -196,6 +196,14 @@ def index(value: Index) -> str:
         pieces.append(("- " if coefficient < 0 else "+ ") + " * ".join(factors))
     text = " ".join(pieces)
     return text[2:] if text.startswith("+ ") else "-" + text[2:]
+
+
+def formula(value: Formula) -> str:
+    """What an extent is computed by."""
+    if isinstance(value, Index):
+        return index(value)
+    left, right = index(value.left), index(value.right)
+    return f"({left}) {'>' if value.greatest else '<'} ({right}) ? ({left}) : ({right})"
 
 
 def _atom(atom: Atom) -> str:

@@ -8,7 +8,7 @@ from apollo_fuse.codegen import expressions as c
 from apollo_fuse.graph import Shape, Value
 from apollo_fuse.index import Index, Indirect
 from apollo_fuse.kernel import Compute, Kernel, KernelGroup, walk
-from apollo_fuse.scop import tensor_size
+from apollo_fuse.scop import Derived, Extent, tensor_size
 
 
 def op_interface(group: KernelGroup, name: str) -> str:
@@ -36,37 +36,61 @@ const af_op AF_OP({name}) = {{
 
 
 def _bind(group: KernelGroup) -> str:
-    """Solves the input shapes for the extents, then checks every dimension against them."""
+    """Solves the inputs for the extents, then checks every dimension against them."""
     lines = [
-        "static int bind(const int64_t *const *shapes, int64_t *n, char *message, size_t message_size) {"
+        "static int bind(const int64_t *const *shapes, void *const *buffers, int64_t *n, char *message,",
+        "                size_t message_size) {",
     ]
-    lines += ["  (void)shapes;", "  (void)n;", "  (void)message;", "  (void)message_size;"]
+    lines += [f"  (void){name};" for name in ("shapes", "buffers", "n", "message", "message_size")]
+    if any(isinstance(extent, Extent) and extent.is_element for extent in group.extents):
+        lines.append("  if (!buffers) return 1; /* a model is being loaded, and extents are no data yet */")
     for place, extent in enumerate(group.extents):
-        solution = f"shapes[{extent.input}][{extent.axis}]"
-        if not extent.rest.is_zero:
-            solution = f"({solution} - ({c.index(extent.rest)}))"
-        if not extent.divisor.is_one:
-            divisor = f"({c.index(extent.divisor)})"
-            solution = f"{divisor} ? {solution} / {divisor} : 0"
-        lines.append(f"  const int64_t {extent.symbol} = n[{place}] = {solution};")
+        lines.append(f"  const int64_t {extent.symbol} = n[{place}] = {_solution(extent, group)};")
         lines.append(f"  (void){extent.symbol};")
     for input_, value in enumerate(group.inputs):
         for axis, dim in enumerate(value.shape):
-            solved = any(
-                e.input == input_ and e.axis == axis and e.divisor.is_one and e.rest.is_zero
-                for e in group.extents
-            )
-            if not solved:
-                found = f"shapes[{input_}][{axis}]"
-                lines += [
-                    f"  if ({found} != {c.index(dim)}) {{",
-                    "    snprintf(message, message_size,",
-                    '             "input %d has %lld elements along axis %d, expected %lld",',
-                    f"             {input_}, (long long){found}, {axis}, (long long)({c.index(dim)}));",
-                    "    return 1;",
-                    "  }",
-                ]
+            if not any(_is_solved_by(e, input_, axis) for e in group.extents):
+                text = f"input {input_} has %lld elements along axis {axis}, expected %lld"
+                lines += _expect(f"shapes[{input_}][{axis}]", c.index(dim), text)
+    for found, expected in group.required:
+        text = "extents are %lld and %lld, expected equal ones"
+        lines += _expect(c.index(found), c.index(expected), text)
     return "\n".join([*lines, "  return 0;", "}"]) + "\n"
+
+
+def _solution(extent: Extent | Derived, group: KernelGroup) -> str:
+    if isinstance(extent, Derived):
+        return c.formula(extent.formula)
+    solution = f"shapes[{extent.input}][{extent.axis}]"
+    if extent.is_element:
+        kind = c.STORAGE[group.inputs[extent.input].dtype]
+        solution = f"((const {kind} *)buffers[{extent.input}])[{extent.axis}]"
+    if not extent.rest.is_zero:
+        solution = f"({solution} - ({c.index(extent.rest)}))"
+    if not extent.divisor.is_one:
+        divisor = f"({c.index(extent.divisor)})"
+        solution = f"{divisor} ? {solution} / {divisor} : 0"
+    return solution
+
+
+def _is_solved_by(extent: Extent | Derived, input_: int, axis: int) -> bool:
+    """Whether the dimension is what the extent was read from, as it is."""
+    return (
+        isinstance(extent, Extent)
+        and (extent.input, extent.axis, extent.is_element) == (input_, axis, False)
+        and extent.divisor.is_one
+        and extent.rest.is_zero
+    )
+
+
+def _expect(found: str, expected: str, text: str) -> list[str]:
+    return [
+        f"  if ({found} != {expected}) {{",
+        f'    snprintf(message, message_size, "{text}",',
+        f"             (long long)({found}), (long long)({expected}));",
+        "    return 1;",
+        "  }",
+    ]
 
 
 def _check(group: KernelGroup) -> str:

@@ -45,6 +45,9 @@ class OpenCompoundOps:
         label = node.name or node.outputs[0].name or node.op_type
         if description is None:
             return Refused((label,), RULE, "left to onnxruntime", f"no description of {node.op_type}")
+        result_value = values.get(node.outputs[0])
+        if result_value is not None and result_value.elements is not None:
+            return Refused((label,), RULE, "left to onnxruntime", "computes a shape")
         opener = Opener(node, position, self.opset, values, names)
         try:
             found = description(opener)
@@ -87,7 +90,7 @@ def _operator(
             raise Unsupported(f"input {place} has an unknown shape or an unsupported type")
     reads = [n for p in primitives for n in _reads(p) if n in by_name]
     inputs = {n: by_name[n] for n in (*reads, *unread)}
-    return Operator(position, node.op_type, tuple(inputs.values()), tuple(outputs), primitives, node)
+    return Operator(position, node.op_type, tuple(inputs.values()), tuple(outputs), primitives, node, tuple(opener.required))
 
 
 def _needed(primitives: Sequence[Primitive], results: set[str]) -> tuple[Primitive, ...]:

@@ -72,7 +72,9 @@ class TileAndMap:
             if isinstance(kernel, Refused):
                 return kernel
             kernels.append(kernel)
-        return KernelGroup(scop.inputs, scop.outputs, temporaries, scop.extents, tuple(kernels))
+        return KernelGroup(
+            scop.inputs, scop.outputs, temporaries, scop.extents, tuple(kernels), scop.required
+        )
 
     def _map(self, name: str, nests: Nests) -> Kernel | Refused:
         lane = _lane(nests)

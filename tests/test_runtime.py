@@ -55,7 +55,8 @@ static int check(void *const *buffers, const int64_t *n, char *message, size_t s
   return 0;
 }
 
-static int bind(const int64_t *const *shapes, int64_t *n, char *message, size_t size) {
+static int bind(const int64_t *const *shapes, void *const *buffers, int64_t *n, char *message, size_t size) {
+  (void)buffers;
   n[0] = shapes[0][0];
   n[1] = shapes[0][1];
   if (shapes[1][0] == n[1]) return 0;

@@ -9,6 +9,7 @@ from apollo_fuse.graph import Pattern
 from apollo_fuse.index import ONE, ZERO, Index, product
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import operator
+from apollo_fuse.shape_rules import slice_bounds
 
 
 @operator("Reshape")
@@ -141,38 +142,27 @@ def expand(o: Opener) -> Tensor:
 
 @operator("Slice")
 def slice_(o: Opener) -> Tensor:
+    """Bounds may follow from shapes; they are clamped to the axis as the specification says."""
     x = o.tensor(0)
-    starts, ends = o.integers(1, "starts"), o.integers(2, "ends")
+    starts, ends = o.extents(1, "starts"), o.extents(2, "ends")
     if starts is None or ends is None:
         raise Unsupported("starts or ends are missing")
-    axes = o.integers(3, "axes") or tuple(range(len(starts)))
     steps = o.integers(4, "steps") if o.has(4) else None
-    origin: list[Index] = [ZERO] * len(x.shape)
-    stride = [1] * len(x.shape)
-    shape = list(x.shape)
-    for place, axis in enumerate(axes):
-        axis = o.axis(axis, len(x.shape))
-        step = 1 if steps is None else steps[place]
-        known = x.shape[axis].constant
-        stride[axis] = step
-        if known is not None:  # clamped to the axis as the specification says, and as Python does
-            taken = range(known)[slice(starts[place], ends[place], step)]
-            origin[axis], shape[axis] = Index.of(taken.start), Index.of(len(taken))
-        else:
-            origin[axis], shape[axis] = _origin(x.shape[axis], starts[place], step), o.output_shape()[axis]
+    bounds = slice_bounds(x.shape, starts, ends, o.integers(3, "axes"), steps)
+    if bounds is None:
+        raise Unsupported(f"starts, ends, axes and steps that do not fit rank {len(x.shape)}")
+    inferred = o.values.get(o.node.outputs[0])  # not where the bounds are attributes
+    shape: list[Index] = []
+    for axis, (_, length, _) in enumerate(bounds):
+        if length is None:
+            raise Unsupported(f"a slice from {starts} to {ends} along the dynamic extent {x.shape[axis]}")
+        expected = length if inferred is None else inferred.shape[axis]
+        o.require_equal(length, expected)
+        shape.append(expected)
     return x.view(
         tuple(shape),
-        lambda at: tuple(i * step + start for i, step, start in zip(at, stride, origin, strict=True)),
+        lambda at: tuple(i * step + start for i, (start, _, step) in zip(at, bounds, strict=True)),
     )
-
-
-def _origin(extent: Index, start: int, step: int) -> Index:
-    """The first index of a slice along an axis whose extent is known at run time only."""
-    if step > 0 and start == 0:
-        return ZERO
-    if step < 0 and start == -1:
-        return extent - 1
-    raise Unsupported(f"a slice that starts at {start} along the dynamic extent {extent}")
 
 
 @operator("Concat")

@@ -141,6 +141,7 @@ class Opener:
     values: Mapping[ir.Value, Value]
     names: Generator[int] = field(default_factory=itertools.count)
     primitives: list[Primitive] = field(default_factory=list)
+    required: list[tuple[Index, Index]] = field(default_factory=list)
 
     # -- operands ---------------------------------------------------------------------------
 
@@ -177,6 +178,14 @@ class Opener:
         found = self.node.attributes.get(attribute)
         return None if found is None else tuple(found.as_ints())
 
+    def extents(self, place: int, attribute: str) -> tuple[Index | None, ...] | None:
+        """The same where the integers may follow from shapes; None for one that inference does not know."""
+        value = self.values.get(self._input(place)) if self.has(place) else None
+        if value is not None and value.elements is not None and self._input(place).const_value is None:
+            return value.elements
+        known = self.integers(place, attribute)
+        return None if known is None else tuple(map(Index.of, known))
+
     def integer(self, name: str, default: int) -> int:
         found = self.node.attributes.get(name)
         return default if found is None else int(found.as_int())
@@ -208,6 +217,11 @@ class Opener:
         if found is None:
             raise Unsupported(f"output type {dtype} is not supported")
         return found
+
+    def require_equal(self, found: Index, expected: Index) -> None:
+        """States what every valid run of the model implies; a kernel checks it before it runs."""
+        if found != expected:
+            self.required.append((found, expected))
 
     def axis(self, axis: int, rank: int) -> int:
         if not -rank <= axis < rank:

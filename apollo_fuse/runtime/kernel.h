@@ -29,9 +29,10 @@ typedef struct af_op {
   const int32_t *output_types;
   const int32_t *input_ranks;
   const int32_t *output_ranks;
-  /* Computes n from the input shapes and checks every other extent.  0 when they fit; otherwise
-   * writes a sentence to message and returns 1.  Ranks were checked before. */
-  int (*bind)(const int64_t *const *shapes, int64_t *n, char *message, size_t message_size);
+  /* Computes n from the input shapes, and from the inputs that hold extents, and checks every other
+   * extent.  0 when they fit; otherwise writes a sentence to message and returns 1.  Ranks were checked
+   * before.  `buffers` is NULL while a model is loaded. */
+  int (*bind)(const int64_t *const *shapes, void *const *buffers, int64_t *n, char *message, size_t message_size);
   /* Looks through the index tensors, once extents are bound and before anything runs.  0 when each index lies
    * within its axis; otherwise writes a sentence to message and returns 1. */
   int (*check)(void *const *buffers, const int64_t *n, char *message, size_t message_size);

@@ -139,7 +139,7 @@ static OrtStatus *infer_shapes(const OrtCustomOp *base, OrtShapeInferContext *co
     for (int32_t d = 0; d < op->input_ranks[i]; d++)
       if (shapes[i][d] < 0) return NULL;
   }
-  if (op->bind((const int64_t *const *)shapes, n, message, sizeof message)) return NULL;
+  if (op->bind((const int64_t *const *)shapes, NULL, n, message, sizeof message)) return NULL;
   op->output_shapes(n, output_shapes);
   for (int32_t i = 0; i < op->output_count; i++) {
     OrtTensorTypeAndShapeInfo *info;
@@ -245,7 +245,7 @@ static OrtStatus *bind_inputs(const custom_op *self, OrtKernelContext *context, 
     if (status) return status;
     RETURN_IF_FAILED(api->GetTensorMutableData((OrtValue *)value, &buffers[i])); /* only ever read */
   }
-  if (op->bind((const int64_t *const *)shapes, n, sentence, sizeof sentence))
+  if (op->bind((const int64_t *const *)shapes, buffers, n, sentence, sizeof sentence))
     return failure(api, ORT_INVALID_ARGUMENT, "%s: %s", op->name, sentence);
   if (op->check(buffers, n, sentence, sizeof sentence))
     return failure(api, ORT_INVALID_ARGUMENT, "%s: %s", op->name, sentence);
