@@ -93,8 +93,9 @@ class Dimensions:
             index = self._polynomial(ast.parse(text, mode="eval").body)
         except (SyntaxError, _NoPolynomial):
             return Index.of(Symbol(text))
+        lone = [monomial for monomial, _ in index.terms if monomial]
         windows = any(isinstance(s.formula, Index) for s in index.symbols())
-        if len(index.terms) > 1 and windows and text not in self.named:
+        if len(lone) == 1 and len(index.terms) == 2 and windows and text not in self.named:
             # the size of a window's result: only its value matters, not how it came about
             return Index.of(Symbol(f"({index})", index))
         return index

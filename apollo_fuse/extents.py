@@ -87,24 +87,25 @@ def _proved(index: Index, depth: int) -> bool:
         return True
     if depth == 0:
         return False
-    for monomial, coefficient in index.terms:
-        for atom in monomial if coefficient < 0 else ():
-            if isinstance(atom, Symbol) and any(_proved(x, depth - 1) for x in _lowered(index, atom)):
-                return True
-    return False
+    symbols = [s for s in index.symbols() if s.formula is not None]
+    return any(
+        all(_proved(bound, depth - 1) for bound in bounds) for s in symbols for bounds in _lowered(index, s)
+    )
 
 
-def _lowered(index: Index, symbol: Symbol) -> list[Index]:
-    """Multiples of lower bounds of the index, from upper bounds of a symbol that it falls with."""
+def _lowered(index: Index, symbol: Symbol) -> list[list[Index]]:
+    """Sets of indices, with bounds in the symbol's place: where all of one set are >= 0, so is the index."""
     factor = index.coefficient(symbol)
-    if factor is None or not non_negative(-factor):
+    if factor is None:
         return []
+    rises, falls = non_negative(factor), non_negative(-factor)
     rest = index - factor * Index.of(symbol)
     match symbol.formula:
-        case Extreme(greatest=False, left=left, right=right):
-            return [rest + factor * left, rest + factor * right]
-        case Index(terms=(((Quotient(numerator, divisor),), 1),)):
-            return [rest * divisor + factor * numerator]
+        case Extreme(above, left, right) if rises or falls:
+            bounds = [rest + factor * left, rest + factor * right]
+            return [bounds[:1], bounds[1:]] if above == rises else [bounds]
+        case Index(terms=(((Quotient(numerator, divisor),), 1),)) if falls:
+            return [[rest * divisor + factor * numerator]]
         case _:
             return []
 
