@@ -22,7 +22,18 @@ from apollo_fuse.expressions import (
 )
 from apollo_fuse.extents import base_symbols
 from apollo_fuse.graph import MicroGraph, Primitive, Refused, Value
-from apollo_fuse.index import Atom, Extreme, Formula, Index, Indirect, Iterator, Maximum, Monomial, Quotient, Symbol
+from apollo_fuse.index import (
+    Atom,
+    Extreme,
+    Formula,
+    Index,
+    Indirect,
+    Iterator,
+    Maximum,
+    Monomial,
+    Quotient,
+    Symbol,
+)
 from apollo_fuse.passes.aggregate_ops import EXPENSIVE
 from apollo_fuse.passes.simplify import simplify
 from apollo_fuse.passes.split_axes import access_indices, split_axes

@@ -90,7 +90,15 @@ def _operator(
             raise Unsupported(f"input {place} has an unknown shape or an unsupported type")
     reads = [n for p in primitives for n in _reads(p) if n in by_name]
     inputs = {n: by_name[n] for n in (*reads, *unread)}
-    return Operator(position, node.op_type, tuple(inputs.values()), tuple(outputs), primitives, node, tuple(opener.required))
+    return Operator(
+        position,
+        node.op_type,
+        tuple(inputs.values()),
+        tuple(outputs),
+        primitives,
+        node,
+        tuple(opener.required),
+    )
 
 
 def _needed(primitives: Sequence[Primitive], results: set[str]) -> tuple[Primitive, ...]:

@@ -208,6 +208,24 @@ def test_a_sequence_that_is_longer_than_the_table_is_an_error_as_it_was(tmp_path
             session.run(None, feed(2, 13, 4))
 
 
+def test_an_extent_of_0_that_a_reshape_would_take_from_its_operand_is_an_error(
+    tmp_path: Path, cache: Path
+) -> None:
+    graph = Graph("copies")
+    x = graph.input("x", ["n", "m", 8])
+    n, m = dim(graph, x, 0), dim(graph, x, 1)
+    rows = graph.op("Concat", one(graph, graph.op("Mul", n, m)), ints(8), axis=0)
+    flat = graph.op("MatMul", graph.op("Reshape", x, rows), np.eye(8, dtype=np.float32))
+    size = graph.op("Concat", one(graph, n), one(graph, m), ints(2, 4), axis=0)
+    graph.output(graph.op("Exp", graph.op("Reshape", graph.op("Relu", flat), size)), "out", ["n", "m", 2, 4])
+    fused = fuse_to_session(graph.model(), tmp_path, cache, shapes={"x": (2, 6, 8)})
+    ((expected, found),) = fused.run(feed(0, 3, 8)).values()
+    assert expected.shape == found.shape == (0, 3, 2, 4)
+    assert fused.original.run(None, feed(0, 0, 8))[0].shape == (0, 8, 2, 4)
+    with pytest.raises(Exception, match="expected equal"):
+        fused.fused.run(None, feed(0, 0, 8))
+
+
 def shapes_of(model: onnx.ModelProto, folder: Path) -> Mapping[str, str]:
     """The shape of every output, as it was inferred."""
     path = folder / "model.onnx"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from apollo_fuse.extents import greatest
 from apollo_fuse.graph import Pattern
 from apollo_fuse.index import ONE, ZERO, Index, product
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
@@ -16,7 +17,23 @@ from apollo_fuse.shape_rules import slice_bounds
 def reshape(o: Opener) -> Tensor:
     """The result's shape is the one that shape inference proved."""
     _require_known(o)
-    return o.tensor(0).reshape(o.output_shape())
+    x = o.tensor(0)
+    if o.has(1) and not o.integer("allowzero", 0):
+        _require_no_copy(o, x)
+    return x.reshape(o.output_shape())
+
+
+def _require_no_copy(o: Opener, x: Tensor) -> None:
+    """A target extent that is 0 in a run stands for the operand's extent there, which is another one."""
+    for axis, extent in enumerate(o.extents(1, "shape") or ()):
+        if extent is None or extent.constant is not None or axis >= len(x.shape):
+            continue
+        here = x.shape[axis]
+        factors = extent.terms[0][0] if len(extent.terms) == 1 else ()
+        if here != extent and not (factors and all(here.exact_quotient(Index.of(f)) for f in factors)):
+            is_zero = greatest(ZERO, ONE - extent)
+            if is_zero is not None:
+                o.require_equal(is_zero * here, ZERO)
 
 
 def _require_known(o: Opener) -> None:
