@@ -8,7 +8,7 @@ from functools import partial
 
 import onnx
 
-from models import memory_bound, networks
+from models import columns, detection, gpt2, memory_bound, networks
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -33,8 +33,14 @@ class Builder:
     values: Mapping[str, float] = field(default_factory=dict)
     positive: frozenset[str] = frozenset()
 
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The inputs whose values are not those of any random ones."""
+        return self.positive.union(self.values)
 
-_MOMENTS = frozenset(f"second_{index}" for index in range(50))
+
+_STEP = {"learning_rate": 1e-3, "step": 10.0}
+_MOMENTS = frozenset(f"second_{index}" for index in range(100))
 
 BUILDERS: dict[str, Builder] = {
     builder.name: builder
@@ -57,14 +63,18 @@ BUILDERS: dict[str, Builder] = {
         Builder("mish", memory_bound.mish, True, True),
         Builder("image_preprocessing", memory_bound.image_preprocessing, True, True),
         Builder("wide_deep", memory_bound.wide_deep, True, False),
+        Builder("adam", memory_bound.adam, True, False, values=_STEP, positive=_MOMENTS),
+        Builder("adam100", partial(memory_bound.adam, 100), True, False, values=_STEP, positive=_MOMENTS),
+        Builder("lamb100", partial(memory_bound.lamb, 100), True, False, values=_STEP, positive=_MOMENTS),
+        Builder("reduce_sum_square", memory_bound.reduce_sum_square, True, False),
         Builder(
-            "adam",
-            memory_bound.adam,
+            "wide_deep_preprocessing",
+            columns.wide_deep_preprocessing,
             True,
             False,
-            values={"learning_rate": 1e-3, "step": 10.0},
-            positive=_MOMENTS,
+            positive=frozenset(f"count_{index}" for index in range(40)),
         ),
+        Builder("detection_decode", detection.detection_decode, True, False),
         Builder(
             "bert_layer",
             networks.bert_layer,
@@ -72,6 +82,28 @@ BUILDERS: dict[str, Builder] = {
             True,
             {"hidden_states": (8, 128, 768), "attention_mask": (8, 128)},
         ),
+        Builder(
+            "bert_large",
+            networks.bert_large,
+            False,
+            False,
+            {"hidden_states": (1, 128, 1024), "attention_mask": (1, 128)},
+            {"attention_mask": 1},
+        ),
+        Builder("gpt2_block", gpt2.gpt2_block, False, False, {"hidden_states": (4, 128, 768)}),
+        Builder(
+            "gpt2_decode",
+            gpt2.gpt2_decode,
+            False,
+            False,
+            {
+                "hidden_states": (1, 1, 768),
+                "past_key": (1, 12, 511, 64),
+                "past_value": (1, 12, 511, 64),
+            },
+        ),
+        Builder("matmul_add_gelu", networks.matmul_add_gelu, False, False, {"x": (8, 128, 768)}),
+        Builder("levit_hardswish", networks.levit_hardswish, False, False, {"x": (16, 196, 256)}),
         Builder("mbconv", networks.mbconv, False, False),
     )
 }

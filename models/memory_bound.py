@@ -8,13 +8,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from models.writing import Graph
+from models.writing import LAST_AXIS, Graph
 
-_LAST_AXIS = np.array([-1], np.int64)
 _EPSILON = 1e-5
 _IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
 _PARAMETER_SHAPES = ((256, 256), (256,), (256, 512), (512,), (128, 64, 3, 3))
+_DECAYS = (0.9, 0.999)
+_WEIGHT_DECAY = 0.01
 
 
 def chain20(rows: int, columns: int) -> onnx.ModelProto:
@@ -51,9 +52,9 @@ def softmax(rows: int | str = 512, columns: int = 1024) -> onnx.ModelProto:
     """Softmax over the last axis, in primitives."""
     graph = Graph("softmax")
     x = graph.input("x", [rows, columns])
-    shifted = graph.op("Sub", x, graph.op("ReduceMax", x, _LAST_AXIS))
+    shifted = graph.op("Sub", x, graph.op("ReduceMax", x, LAST_AXIS))
     exponential = graph.op("Exp", shifted)
-    result = graph.op("Div", exponential, graph.op("ReduceSum", exponential, _LAST_AXIS))
+    result = graph.op("Div", exponential, graph.op("ReduceSum", exponential, LAST_AXIS))
     graph.output(result, "out", [rows, columns])
     return graph.model()
 
@@ -70,8 +71,8 @@ def layernorm(rows: int | str = 512, columns: int = 1024) -> onnx.ModelProto:
 
 def normalized(graph: Graph, x: str, scale: str, bias: str) -> str:
     """Adds the nine nodes of a LayerNormalization over the last axis."""
-    centred = graph.op("Sub", x, graph.op("ReduceMean", x, _LAST_AXIS))
-    variance = graph.op("ReduceMean", graph.op("Pow", centred, 2.0), _LAST_AXIS)
+    centred = graph.op("Sub", x, graph.op("ReduceMean", x, LAST_AXIS))
+    variance = graph.op("ReduceMean", graph.op("Pow", centred, 2.0), LAST_AXIS)
     deviation = graph.op("Sqrt", graph.op("Add", variance, _EPSILON))
     return graph.op("Add", graph.op("Mul", graph.op("Div", centred, deviation), scale), bias)
 
@@ -85,7 +86,7 @@ def rmsnorm(rows: int | str = 512, columns: int = 1024, divided: bool = False) -
     graph = Graph("rmsnorm")
     x = graph.input("x", [rows, columns])
     scale = graph.weight("scale", 1 + 0.1 * _normal(1, columns))
-    mean = graph.op("ReduceMean", graph.op("Pow", x, 2.0), _LAST_AXIS)
+    mean = graph.op("ReduceMean", graph.op("Pow", x, 2.0), LAST_AXIS)
     root = graph.op("Sqrt", graph.op("Add", mean, _EPSILON))
     inverse = graph.op("Div", 1.0, root) if divided else graph.op("Reciprocal", root)
     result = graph.op("Mul", scale, graph.op("Mul", x, inverse))
@@ -113,11 +114,16 @@ def gelu_tanh(rows: int | str = 1024, columns: int = 3072) -> onnx.ModelProto:
     graph = Graph("gelu_tanh")
     x = graph.input("x", [rows, columns])
     biased = graph.op("Add", x, graph.weight("bias", _normal(1, columns)))
-    cubic = graph.op("Mul", graph.op("Pow", biased, 3.0), 0.044715)
-    inner = graph.op("Mul", graph.op("Add", biased, cubic), math.sqrt(2 / math.pi))
-    factor = graph.op("Add", graph.op("Tanh", inner), 1.0)
-    graph.output(graph.op("Mul", graph.op("Mul", biased, 0.5), factor), "out", [rows, columns])
+    graph.output(tanh_gelu(graph, biased), "out", [rows, columns])
     return graph.model()
+
+
+def tanh_gelu(graph: Graph, x: str) -> str:
+    """Adds the eight nodes of a Gelu by its tanh approximation."""
+    cubic = graph.op("Mul", graph.op("Pow", x, 3.0), 0.044715)
+    inner = graph.op("Mul", graph.op("Add", x, cubic), math.sqrt(2 / math.pi))
+    factor = graph.op("Add", graph.op("Tanh", inner), 1.0)
+    return graph.op("Mul", graph.op("Mul", x, 0.5), factor)
 
 
 def mish(rows: int | str = 1024, columns: int = 3072) -> onnx.ModelProto:
@@ -127,6 +133,16 @@ def mish(rows: int | str = 1024, columns: int = 3072) -> onnx.ModelProto:
     biased = graph.op("Add", x, graph.weight("bias", _normal(1, columns)))
     gate = graph.op("Tanh", graph.op("Softplus", biased))
     graph.output(graph.op("Mul", biased, gate), "out", [rows, columns])
+    return graph.model()
+
+
+def reduce_sum_square(rows: int | str = 4096, columns: int = 1024) -> onnx.ModelProto:
+    """The distance of each row from a centre: ReduceSumSquare is slower than its parts in onnxruntime."""
+    graph = Graph("reduce_sum_square")
+    x = graph.input("x", [rows, columns])
+    difference = graph.op("Sub", x, graph.weight("centre", _normal(1, columns)))
+    squares = graph.op("ReduceSumSquare", difference, LAST_AXIS, keepdims=0)
+    graph.output(graph.op("Sqrt", squares), "out", [rows])
     return graph.model()
 
 
@@ -165,31 +181,65 @@ def adam(parameters: int = 50, divisor: int = 1) -> onnx.ModelProto:
     """One step of Adam over parameters of mixed shapes; `divisor` makes their first extent smaller."""
     graph = Graph("adam")
     rate = graph.input("learning_rate", [])
-    step = graph.input("step", [])
-    first_decay, second_decay = 0.9, 0.999
-    first_correction = graph.op("Sub", 1.0, graph.op("Pow", first_decay, step))
-    second_correction = graph.op("Sub", 1.0, graph.op("Pow", second_decay, step))
+    corrections = _corrections(graph)
     for index in range(parameters):
-        shape = list(_PARAMETER_SHAPES[index % len(_PARAMETER_SHAPES)])
-        shape[0] //= divisor
+        shape = _parameter_shape(index, divisor)
         parameter = graph.input(f"parameter_{index}", shape)
-        gradient = graph.input(f"gradient_{index}", shape)
-        first = graph.input(f"first_{index}", shape)
-        second = graph.input(f"second_{index}", shape)
-        new_first = graph.op(
-            "Add", graph.op("Mul", first, first_decay), graph.op("Mul", gradient, 1 - first_decay)
-        )
-        new_first = graph.output(new_first, f"new_first_{index}", shape)
-        squared = graph.op("Mul", graph.op("Mul", gradient, gradient), 1 - second_decay)
-        new_second = graph.op("Add", graph.op("Mul", second, second_decay), squared)
-        new_second = graph.output(new_second, f"new_second_{index}", shape)
-        deviation = graph.op("Sqrt", graph.op("Div", new_second, second_correction))
-        direction = graph.op(
-            "Div", graph.op("Div", new_first, first_correction), graph.op("Add", deviation, 1e-8)
-        )
+        direction = _direction(graph, index, shape, corrections)
         updated = graph.op("Sub", parameter, graph.op("Mul", direction, rate))
         graph.output(updated, f"new_parameter_{index}", shape)
     return graph.model()
+
+
+def lamb(parameters: int = 50, divisor: int = 1) -> onnx.ModelProto:
+    """One step of LAMB (You et al. 2020, algorithm 2): Adam's direction, scaled by two norms a tensor."""
+    graph = Graph("lamb")
+    rate = graph.input("learning_rate", [])
+    corrections = _corrections(graph)
+
+    def norm(value: str) -> str:
+        return graph.op("Sqrt", graph.op("ReduceSum", graph.op("Mul", value, value), keepdims=0))
+
+    for index in range(parameters):
+        shape = _parameter_shape(index, divisor)
+        parameter = graph.input(f"parameter_{index}", shape)
+        direction = _direction(graph, index, shape, corrections)
+        update = graph.op("Add", direction, graph.op("Mul", parameter, _WEIGHT_DECAY))
+        length, step_length = norm(parameter), norm(update)
+        both = graph.op("And", graph.op("Greater", length, 0.0), graph.op("Greater", step_length, 0.0))
+        trust = graph.op("Where", both, graph.op("Div", length, step_length), 1.0)
+        scaled = graph.op("Mul", update, graph.op("Mul", trust, rate))
+        graph.output(graph.op("Sub", parameter, scaled), f"new_parameter_{index}", shape)
+    return graph.model()
+
+
+def _parameter_shape(index: int, divisor: int) -> list[int]:
+    first, *rest = _PARAMETER_SHAPES[index % len(_PARAMETER_SHAPES)]
+    return [first // divisor, *rest]
+
+
+def _corrections(graph: Graph) -> tuple[str, str]:
+    """What the two moments are divided by, as they start from 0 (Kingma & Ba 2015, section 3)."""
+    step = graph.input("step", [])
+    first, second = (graph.op("Sub", 1.0, graph.op("Pow", decay, step)) for decay in _DECAYS)
+    return first, second
+
+
+def _direction(graph: Graph, index: int, shape: list[int], corrections: tuple[str, str]) -> str:
+    """Adam's step for one parameter, whose new moments become outputs."""
+    first_decay, second_decay = _DECAYS
+    gradient = graph.input(f"gradient_{index}", shape)
+    first = graph.input(f"first_{index}", shape)
+    second = graph.input(f"second_{index}", shape)
+    new_first = graph.op(
+        "Add", graph.op("Mul", first, first_decay), graph.op("Mul", gradient, 1 - first_decay)
+    )
+    new_first = graph.output(new_first, f"new_first_{index}", shape)
+    squared = graph.op("Mul", graph.op("Mul", gradient, gradient), 1 - second_decay)
+    new_second = graph.op("Add", graph.op("Mul", second, second_decay), squared)
+    new_second = graph.output(new_second, f"new_second_{index}", shape)
+    deviation = graph.op("Sqrt", graph.op("Div", new_second, corrections[1]))
+    return graph.op("Div", graph.op("Div", new_first, corrections[0]), graph.op("Add", deviation, 1e-8))
 
 
 def _normal(seed: int, *shape: int) -> np.ndarray:

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from models.memory_bound import gelu, normalized
+from models.layers import Layers
+from models.memory_bound import gelu
 from models.writing import Graph
 
 
@@ -16,18 +17,41 @@ def bert_layer(
     batch: int | str = "batch", sequence: int | str = "sequence", hidden: int = 768, heads: int = 12
 ) -> onnx.ModelProto:
     """An encoder layer of BERT in the primitives that exporters write, with an attention mask of 0 and 1."""
-    graph = Graph("bert_layer")
+    return _bert("bert_layer", 1, batch, sequence, hidden, heads)
+
+
+def bert_large(
+    batch: int | str = "batch",
+    sequence: int | str = "sequence",
+    hidden: int = 1024,
+    heads: int = 16,
+    layers: int = 24,
+) -> onnx.ModelProto:
+    """The encoder of BERT-large; its layers share their weights, so that its file stays small."""
+    return _bert("bert_large", layers, batch, sequence, hidden, heads)
+
+
+def _bert(
+    name: str, count: int, batch: int | str, sequence: int | str, hidden: int, heads: int
+) -> onnx.ModelProto:
+    graph = Graph(name)
     states = graph.input("hidden_states", [batch, sequence, hidden])
     mask = graph.input("attention_mask", [batch, sequence], TensorProto.INT64)
-    weights = _Weights(graph)
+    layers = Layers(graph)
 
     wide = graph.op("Unsqueeze", mask, np.array([1, 2], np.int64))
     blocked = graph.op("Sub", 1.0, graph.op("Cast", wide, to=TensorProto.FLOAT))
     bias = graph.op("Mul", blocked, -10000.0)
+    for _ in range(count):
+        states = _encoder_layer(graph, layers, states, bias, hidden, heads)
+    graph.output(states, "out", [batch, sequence, hidden])
+    return graph.model()
 
+
+def _encoder_layer(graph: Graph, layers: Layers, states: str, bias: str, hidden: int, heads: int) -> str:
     to_heads = np.array([0, -1, heads, hidden // heads], np.int64)
     query, key, value = (
-        graph.op("Reshape", weights.dense(states, name, hidden, hidden), to_heads)
+        graph.op("Reshape", layers.dense(states, name, hidden, hidden), to_heads)
         for name in ("query", "key", "value")
     )
     query = graph.op("Transpose", query, perm=[0, 2, 1, 3])
@@ -38,11 +62,47 @@ def bert_layer(
     context = graph.op("Transpose", graph.op("MatMul", attention, value), perm=[0, 2, 1, 3])
     merged = graph.op("Reshape", context, np.array([0, -1, hidden], np.int64))
 
-    attended = graph.op("Add", weights.dense(merged, "attention_output", hidden, hidden), states)
-    attended = weights.norm(attended, "attention_norm", hidden)
-    inner = gelu(graph, weights.dense(attended, "intermediate", hidden, 4 * hidden))
-    outer = graph.op("Add", weights.dense(inner, "output", 4 * hidden, hidden), attended)
-    graph.output(weights.norm(outer, "output_norm", hidden), "out", [batch, sequence, hidden])
+    attended = graph.op("Add", layers.dense(merged, "attention_output", hidden, hidden), states)
+    attended = layers.norm(attended, "attention_norm", hidden)
+    inner = gelu(graph, layers.dense(attended, "intermediate", hidden, 4 * hidden))
+    outer = graph.op("Add", layers.dense(inner, "output", 4 * hidden, hidden), attended)
+    return layers.norm(outer, "output_norm", hidden)
+
+
+def matmul_add_gelu(
+    batch: int | str = "batch", tokens: int | str = "tokens", inputs: int = 768, outputs: int = 3072
+) -> onnx.ModelProto:
+    """A dense layer and Gelu with a product by 1/sqrt(2) where onnxruntime 1.32 looks for a quotient."""
+    graph = Graph("matmul_add_gelu")
+    x = graph.input("x", [batch, tokens, inputs])
+    biased = Layers(graph).dense(x, "dense", inputs, outputs)
+    error = graph.op("Erf", graph.op("Mul", biased, math.sqrt(0.5)))
+    doubled = graph.op("Mul", biased, graph.op("Add", error, 1.0))
+    graph.output(graph.op("Mul", doubled, 0.5), "out", [batch, tokens, outputs])
+    return graph.model()
+
+
+def levit_hardswish(
+    batch: int | str = "batch", tokens: int = 196, channels: int = 256, expansion: int = 2
+) -> onnx.ModelProto:
+    """The feed-forward block of LeViT as it is exported: Linear, BatchNorm over the tokens of all pictures,
+    HardSwish in its two operators."""
+    graph = Graph("levit_hardswish")
+    x = graph.input("x", [batch, tokens, channels])
+    layers = Layers(graph)
+    wide = channels * expansion
+
+    def linear_norm(value: str, name: str, inputs: int, outputs: int) -> str:
+        product = layers.product(value, name, inputs, outputs)
+        shape = graph.op("Shape", product)
+        flat = graph.op("Reshape", product, np.array([-1, outputs], np.int64))
+        return graph.op("Reshape", layers.batch_norm(flat, f"{name}_norm", outputs), shape)
+
+    inner = linear_norm(x, "up", channels, wide)
+    inner = graph.op("Mul", inner, graph.op("HardSigmoid", inner, alpha=1 / 6, beta=0.5))
+    graph.output(
+        graph.op("Add", x, linear_norm(inner, "down", wide, channels)), "out", [batch, tokens, channels]
+    )
     return graph.model()
 
 
@@ -52,45 +112,17 @@ def mbconv(
     """An inverted residual block of EfficientNet: squeeze-and-excitation, Swish, normalisation folded."""
     graph = Graph("mbconv")
     x = graph.input("x", [batch, channels, size, size])
-    weights = _Weights(graph)
+    layers = Layers(graph)
     wide, narrow = channels * expansion, max(1, channels // 4)
 
     def swish(value: str) -> str:
         return graph.op("Mul", value, graph.op("Sigmoid", value))
 
-    expanded = swish(weights.convolution(x, "expand", channels, wide, 1))
-    deep = swish(weights.convolution(expanded, "depthwise", wide, wide, 5, group=wide))
+    expanded = swish(layers.convolution(x, "expand", channels, wide, 1))
+    deep = swish(layers.convolution(expanded, "depthwise", wide, wide, 5, group=wide))
     squeezed = graph.op("GlobalAveragePool", deep)
-    reduced = swish(weights.convolution(squeezed, "squeeze", wide, narrow, 1))
-    gate = graph.op("Sigmoid", weights.convolution(reduced, "excite", narrow, wide, 1))
-    projected = weights.convolution(graph.op("Mul", deep, gate), "project", wide, channels, 1)
+    reduced = swish(layers.convolution(squeezed, "squeeze", wide, narrow, 1))
+    gate = graph.op("Sigmoid", layers.convolution(reduced, "excite", narrow, wide, 1))
+    projected = layers.convolution(graph.op("Mul", deep, gate), "project", wide, channels, 1)
     graph.output(graph.op("Add", projected, x), "out", [batch, channels, size, size])
     return graph.model()
-
-
-class _Weights:
-    """Layers of a graph with seeded weights, scaled so that activations keep their size."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        self._generator = np.random.default_rng(0)
-
-    def dense(self, x: str, name: str, inputs: int, outputs: int) -> str:
-        weight = self._normal(f"{name}.weight", (inputs, outputs), inputs**-0.5)
-        product = self._graph.op("MatMul", x, weight)
-        return self._graph.op("Add", self._normal(f"{name}.bias", (outputs,), 0.1), product)
-
-    def norm(self, x: str, name: str, size: int) -> str:
-        scale = self._normal(f"{name}.scale", (size,), 0.1, mean=1.0)
-        return normalized(self._graph, x, scale, self._normal(f"{name}.bias", (size,), 0.1))
-
-    def convolution(self, x: str, name: str, inputs: int, outputs: int, kernel: int, group: int = 1) -> str:
-        shape = (outputs, inputs // group, kernel, kernel)
-        weight = self._normal(f"{name}.weight", shape, (2 / math.prod(shape[1:])) ** 0.5)
-        bias = self._normal(f"{name}.bias", (outputs,), 0.1)
-        pads = [kernel // 2] * 4
-        return self._graph.op("Conv", x, weight, bias, kernel_shape=[kernel, kernel], pads=pads, group=group)
-
-    def _normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> str:
-        values = self._generator.standard_normal(shape, np.float32)
-        return self._graph.weight(name, np.float32(mean) + np.float32(std) * values)

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 18
 IR_VERSION = 8
 """The one that came with opset 18."""
+LAST_AXIS = np.array([-1], np.int64)
 
 Operand: TypeAlias = str | float | np.ndarray
 """The name of a value, a float32 constant, or an array that becomes an initialiser."""
@@ -23,8 +24,9 @@ Shape: TypeAlias = Sequence[int | str]
 class Graph:
     """A graph that is being written; names are counted, so equal calls give equal models."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, opset: int = OPSET) -> None:
         self._name = name
+        self._opset = opset
         self._counts: Counter[str] = Counter()
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -51,12 +53,18 @@ class Graph:
 
     def op(self, op_type: str, *operands: Operand, **attributes: int | float | list[int]) -> str:
         """Adds a node with one output."""
-        output = self._fresh(op_type)
+        return self.ops(op_type, 1, *operands, **attributes)[0]
+
+    def ops(
+        self, op_type: str, outputs: int, *operands: Operand, **attributes: int | float | list[int]
+    ) -> tuple[str, ...]:
+        """Adds a node with several outputs."""
+        names = tuple(self._fresh(op_type) for _ in range(outputs))
         inputs = [operand if isinstance(operand, str) else self._constant(operand) for operand in operands]
-        node = helper.make_node(op_type, inputs, [output], name=f"/{output}")
+        node = helper.make_node(op_type, inputs, names, name=f"/{names[0]}")
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
         self._nodes.append(node)
-        return output
+        return names
 
     def model(self) -> onnx.ModelProto:
         graph = helper.make_graph(
@@ -64,7 +72,7 @@ class Graph:
         )
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid("", self._opset)],
             ir_version=IR_VERSION,
             producer_name="apollo-fuse models",
         )
