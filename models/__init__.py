@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import assert_never
 
 import numpy as np
 import onnx
+import safetensors.numpy
 
 from apollo_fuse.atomic import write_bytes
 from apollo_fuse.errors import UsageError
@@ -19,9 +21,25 @@ from apollo_fuse.feeds import make_feeds
 from models.builders import BUILDERS, Builder
 from models.download import cache_folder, fetched
 from models.light import light_file, light_model
-from models.real import REAL, Light, RealModel, Shipped
+from models.minilm import encoder
+from models.real import REAL, Light, MiniLM, RealModel, Shipped
 
-__all__ = ["BUILDERS", "REAL", "Builder", "RealModel", "feeds", "feeds_of", "find", "load", "names", "path"]
+__all__ = [
+    "BUILDERS",
+    "REAL",
+    "Builder",
+    "RealModel",
+    "feeds",
+    "feeds_of",
+    "find",
+    "load",
+    "minilm_weights",
+    "names",
+    "path",
+]
+
+_MINILM = "all-minilm-l6-v2"
+"""The weights' name in the cache."""
 
 
 def names() -> tuple[str, ...]:
@@ -47,8 +65,15 @@ def load(name: str) -> onnx.ModelProto:
             return onnx.load(fetched(name, source))
         case Light(network):
             return light_model(network)
+        case MiniLM(_, opset) as source:
+            return encoder(minilm_weights(source), opset)
         case _:
             assert_never(entry.source)
+
+
+def minilm_weights(source: MiniLM) -> dict[str, np.ndarray]:
+    """The released weights by their names."""
+    return safetensors.numpy.load_file(fetched(_MINILM, source.weights))
 
 
 def path(name: str) -> Path:
@@ -56,9 +81,10 @@ def path(name: str) -> Path:
     entry = find(name)
     if isinstance(entry, RealModel) and isinstance(entry.source, Shipped):
         return fetched(name, entry.source)
-    parts = sorted(Path(__file__).parent.glob("*.py"))
     if isinstance(entry, RealModel) and isinstance(entry.source, Light):
         parts = [Path(__file__).with_name("light.py"), light_file(entry.source.network)]
+    else:
+        parts = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
     file = cache_folder() / f"{name}.{digest}.onnx"
     if not file.exists():
@@ -85,7 +111,15 @@ def feeds_of(
     arrays = make_feeds(model, entry.shapes if shapes is None else shapes, seed)
     for name in entry.values.keys() & arrays.keys():
         arrays[name] = np.full_like(arrays[name], entry.values[name])
-    if isinstance(entry, Builder):
-        for name in entry.positive & arrays.keys():
-            arrays[name] = np.abs(arrays[name])
+    match entry:
+        case Builder():
+            for name in entry.positive & arrays.keys():
+                arrays[name] = np.abs(arrays[name])
+        case RealModel():
+            for name in entry.ids.keys() & arrays.keys():
+                generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+                ids = generator.integers(0, entry.ids[name], arrays[name].shape)
+                arrays[name] = ids.astype(arrays[name].dtype)
+        case _:
+            assert_never(entry)
     return arrays

