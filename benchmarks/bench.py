@@ -105,7 +105,8 @@ def _summary(row: Row) -> str:
     spinning = f", {row.spinning_speedup:.2f}x with spinning on" if row.spinning_speedup else ""
     return (
         f"{row.name}: {1e3 * found.unfused.minimum:.3f} ms -> {1e3 * found.fused.minimum:.3f} ms, "
-        f"{found.speedup:.2f}x{spinning} (noise {found.noise:.2f}x)"
+        f"{found.speedup:.2f}x{spinning} "
+        f"(noise {found.noise:.2f}x, {found.memory_bound_share:.0%} memory-bound)"
     )
 
 

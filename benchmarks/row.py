@@ -20,19 +20,29 @@ import onnxruntime as ort
 import apollo_fuse
 import models
 from apollo_fuse.measure import Timing, interleaved, noise, session_options
+from benchmarks.memory_share import memory_bound_share
+from models import Builder, RealModel
 
 _NOISE_SHARE = 0.3
+_PROFILE_SHARE = 0.3
 _AGREEMENT = 1e-3
 """Largest difference from the unfused outputs, over the largest finite value of the output."""
+SLOWEST = 0.98
+"""No model may get slower than this speed-up says."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A model unfused and fused; `noise` is its distance from itself, 1.0 at best; times are in seconds."""
+    """A model unfused and fused; times are in seconds.
+
+    noise: the model's distance from itself, 1.0 at best.
+    memory_bound_share: of onnxruntime's time for the unfused model, 0 to 1.
+    """
 
     unfused: Timing
     fused: Timing
     noise: float
+    memory_bound_share: float
     difference: float
     nodes_before: int
     nodes_after: int
@@ -49,16 +59,41 @@ class Comparison:
     def median_speedup(self) -> float:
         return self.unfused.median / self.fused.median
 
+    @property
+    def bound(self) -> float | None:
+        """The speed-up if the memory-bound part took no time (Amdahl); None where that is all there is."""
+        return speedup_at(self.memory_bound_share, None)
+
+    @property
+    def won(self) -> float | None:
+        """The time saved over the memory-bound time; above 1 it came from elsewhere too."""
+        memory_bound = self.memory_bound_share * self.unfused.minimum
+        return (self.unfused.minimum - self.fused.minimum) / memory_bound if memory_bound > 0 else None
+
+    @property
+    def slower(self) -> bool:
+        """Whether the fused model falls under the bar that no model may fall under."""
+        return self.speedup < SLOWEST
+
+
+def speedup_at(share: float, factor: float | None) -> float | None:
+    """Amdahl's law: the whole's speed-up if `share` of it gets `factor` times as fast, or free for None.
+
+    None where nothing is left.
+    """
+    left = 1 - share + (share / factor if factor is not None else 0.0)
+    return 1 / left if left > 0 else None
+
 
 def compare(name: str, output: Path, *, seconds: float, threads: int) -> Comparison:
     """Fuses the model into `output` and measures it.  Raises ValueError where the outputs differ."""
     model = models.path(name)
     feeds = models.feeds(name)
-    shapes = tuple(
-        apollo_fuse.InputShape(key, value) for key, value in models.find(name).shapes.items() if value
-    )
+    entry = models.find(name)
+    shapes = tuple(apollo_fuse.InputShape(key, value) for key, value in entry.shapes.items() if value)
+    options = apollo_fuse.Options(threads=threads, shapes=shapes, inputs=_inputs(entry, feeds, output))
     started = time.perf_counter()
-    report = apollo_fuse.fuse(model, output, options=apollo_fuse.Options(threads=threads, shapes=shapes))
+    report = apollo_fuse.fuse(model, output, options=options)
     compiled = time.perf_counter() - started
 
     def unfused_session() -> ort.InferenceSession:
@@ -71,10 +106,12 @@ def compare(name: str, output: Path, *, seconds: float, threads: int) -> Compari
     if not difference <= _AGREEMENT:
         raise ValueError(f"the fused outputs differ by {difference:.3g}; expected {_AGREEMENT:g} or less")
     before, after = interleaved([unfused, fused], feeds, seconds=seconds)
+    share = memory_bound_share(model, feeds, seconds=_PROFILE_SHARE * seconds, threads=threads)
     return Comparison(
         before,
         after,
         own_noise,
+        share,
         difference,
         report.nodes_before,
         report.nodes_after,
@@ -82,6 +119,16 @@ def compare(name: str, output: Path, *, seconds: float, threads: int) -> Compari
         report.distinct_kernels,
         compiled,
     )
+
+
+def _inputs(entry: Builder | RealModel, feeds: Mapping[str, np.ndarray], output: Path) -> Path | None:
+    """A file of the inputs for which random values make no sense, as `--inputs` takes it."""
+    special = {name: array for name, array in feeds.items() if name in entry.chosen}
+    if not special:
+        return None
+    path = output.with_suffix(".npz")
+    np.savez(path, **special)  # type: ignore[arg-type]
+    return path
 
 
 def spinning(name: str, fused: Path | None, *, seconds: float, threads: int) -> Timing:

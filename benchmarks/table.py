@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from apollo_fuse.measure import Timing
-from benchmarks.row import Comparison
+from benchmarks.row import SLOWEST, Comparison, speedup_at
 
 _HEADER = (
     "model",
@@ -17,10 +18,19 @@ _HEADER = (
     "by median",
     "spinning on",
     "noise",
+    "memory-bound",
+    "bound",
+    "won",
     "nodes",
     "kernels",
     "compile s",
 )
+
+
+_LEAST_SHARE = 0.2
+"""A model with a smaller memory-bound share has next to nothing to win there."""
+_TARGET_FACTOR = 3.0
+"""What the memory-bound part should get faster by, from the project's goal for real models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,48 @@ class Mean:
     failed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """How near a model comes to what a memory-bound part three times as fast would give.
+
+    target: that speed-up of the whole; fraction: of what the target gains over 1, what was gained.
+    """
+
+    name: str
+    memory_bound_share: float
+    speedup: float
+    target: float
+
+    @property
+    def fraction(self) -> float:
+        return (self.speedup - 1) / (self.target - 1)
+
+
+_ALL_GAINS = "geometric mean"
+
+
+def gains(rows: Sequence[Row]) -> tuple[Gain, ...]:
+    """Of the real models with a memory-bound share above a fifth, and of their geometric means at the end."""
+    found = [
+        Gain(row.name, share, row.comparison.speedup, target)
+        for row in rows
+        if row.real and row.comparison is not None and row.error is None
+        if (share := row.comparison.memory_bound_share) > _LEAST_SHARE
+        if (target := speedup_at(share, _TARGET_FACTOR)) is not None
+    ]
+    if not found:
+        return ()
+    share, speedup, target = (
+        statistics.geometric_mean(values)
+        for values in (
+            [gain.memory_bound_share for gain in found],
+            [gain.speedup for gain in found],
+            [gain.target for gain in found],
+        )
+    )
+    return (*found, Gain(_ALL_GAINS, share, speedup, target))
+
+
 def means(rows: Sequence[Row]) -> tuple[Mean, ...]:
     groups = {
         "core builders": [row for row in rows if row.core],
@@ -74,6 +126,9 @@ def to_json(
             "speedup": row.comparison.speedup if row.comparison else None,
             "median_speedup": row.comparison.median_speedup if row.comparison else None,
             "spinning_speedup": row.spinning_speedup,
+            "bound": row.comparison.bound if row.comparison else None,
+            "won": row.comparison.won if row.comparison else None,
+            "slower": row.comparison.slower if row.comparison else None,
         }
         return {**asdict(row), **speedups}
 
@@ -82,6 +137,7 @@ def to_json(
         "settings": dict(settings),
         "rows": [record(row) for row in rows],
         "means": [asdict(mean) for mean in means(rows)],
+        "gains": [{**asdict(gain), "fraction": gain.fraction} for gain in gains(rows)],
     }
 
 
@@ -93,7 +149,10 @@ def to_markdown(rows: Sequence[Row], machine: Mapping[str, str], settings: Mappi
         "\n".join(f"- {key}: {value}" for key, value in machine.items()),
         f"Latency against onnxruntime with all its optimisations, {threads:g} threads, interleaved for "
         f"{seconds:g} s with spinning off: least times in ms, the speed-up by them, and by medians. "
-        "Spinning on: the speed-up with each in a process of its own. Noise: the model against itself.",
+        "Spinning on: the speed-up with each in a process of its own. Noise: the model against itself. "
+        "Memory-bound: the share of onnxruntime's node time outside of convolutions, matrix products, "
+        "recurrent layers and attention; bound: the speed-up were it free; won: the time saved over it. "
+        f"(!) marks a model under {SLOWEST:g}x.",
     ]
     for title, members in (
         ("Builders", [row for row in rows if not row.real]),
@@ -103,6 +162,14 @@ def to_markdown(rows: Sequence[Row], machine: Mapping[str, str], settings: Mappi
             sections += [f"## {title}", _grid(_HEADER, map(_cells, members))]
     header = ("geometric mean of", "speed-up", "by median", "spinning on", "worst", "models", "failed")
     sections += ["## Geometric means", _grid(header, map(_mean_cells, means(rows)))]
+    reached = gains(rows)
+    if reached:
+        sections += [
+            f"## Real models with more than {_LEAST_SHARE:.0%} memory-bound",
+            f"Target: the speed-up that a memory-bound part {_TARGET_FACTOR:g} times as fast would give; "
+            "gained: the part of the target's gain that was reached.",
+            _grid(("model", "memory-bound", "speed-up", "target", "gained"), map(_gain_cells, reached)),
+        ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -136,10 +203,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         name,
         f"{1e3 * found.unfused.minimum:.3f}",
         f"{1e3 * found.fused.minimum:.3f}",
-        _times(found.speedup),
+        f"{_times(found.speedup)}{' (!)' if found.slower else ''}",
         _times(found.median_speedup),
         _times(row.spinning_speedup),
         _times(found.noise),
+        _percent(found.memory_bound_share),
+        _times(found.bound),
+        _percent(found.won),
         f"{found.nodes_before} -> {found.nodes_after}",
         f"{found.distinct_kernels}",
         f"{found.compile_seconds:.1f}",
@@ -149,6 +219,20 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _mean_cells(mean: Mean) -> tuple[str, ...]:
     figures = (mean.speedup, mean.median_speedup, mean.spinning_speedup, mean.worst)
     return (mean.group, *map(_times, figures), str(mean.measured), str(mean.failed))
+
+
+def _gain_cells(gain: Gain) -> tuple[str, ...]:
+    return (
+        gain.name,
+        _percent(gain.memory_bound_share),
+        _times(gain.speedup),
+        _times(gain.target),
+        _percent(gain.fraction),
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _times(value: float | None) -> str:
