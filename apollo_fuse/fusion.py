@@ -10,7 +10,7 @@ from time import perf_counter
 import onnx_ir as ir
 
 from apollo_fuse.codegen import c
-from apollo_fuse.graph import MicroGraph, Refused
+from apollo_fuse.graph import MicroGraph, Refused, Value
 from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.options import Options
 from apollo_fuse.passes.build_scop import BuildScop
@@ -39,18 +39,20 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class _Lowered:
-    """What a Scop became, with its schedule as text."""
+    """What a Scop became, with its schedule and its kernels as text."""
 
     group: KernelGroup
     schedule: str
+    kernel: str
 
 
 @dataclass(slots=True)
 class FuseMicroGraph:
     """From a micro-graph to a candidate, or the refusal of whichever pass could not take it further.
 
-    `names` gives the model's value for each tensor name of the opened graph. Equal Scops are lowered once;
-    `dumps` collects every intermediate form, by file name.
+    `names` gives the model's value for each tensor name of the opened graph. Equal Scops are lowered once,
+    and a micro-graph that the feedback leaves as it was is not looked at again; `dumps` collects every
+    intermediate form, by file name.
     """
 
     options: Options
@@ -58,30 +60,36 @@ class FuseMicroGraph:
     dumps: dict[str, str] = field(default_factory=dict)
     isl_seconds: float = 0.0
     codegen_seconds: float = 0.0
-    _known: dict[tuple[str, bool], _Lowered | Refused] = field(default_factory=dict)
+    _lowered: dict[tuple[str, bool], _Lowered | Refused] = field(default_factory=dict)
+    _fused: dict[tuple[tuple[int, ...], tuple[Value, ...]], Candidate | Refused] = field(default_factory=dict)
 
     def __call__(self, micro_graph: MicroGraph) -> Candidate | Refused:
+        key = tuple(o.position for o in micro_graph.operators), micro_graph.outputs
+        if key not in self._fused:
+            self._fused[key] = self._fuse(micro_graph)
+        return self._fused[key]
+
+    def _fuse(self, micro_graph: MicroGraph) -> Candidate | Refused:
         scop = BuildScop()(micro_graph)
         if isinstance(scop, Refused):
             return scop
-        key, alone = str(scop), len(micro_graph.operators) == 1
-        if (key, alone) not in self._known:
-            self._known[key, alone] = self._lower(scop, alone)
-        lowered = self._known[key, alone]
+        text, alone = str(scop), len(micro_graph.operators) == 1
+        if (text, alone) not in self._lowered:
+            self._lowered[text, alone] = self._lower(scop, alone)
+        lowered = self._lowered[text, alone]
         if isinstance(lowered, Refused):
             return lowered
-        part = interface(micro_graph, self.names)
         start = perf_counter()
-        digest = hashlib.sha256(f"{lowered.group}\n{body_text(part)}".encode()).hexdigest()[:12]
+        part = interface(micro_graph, self.names)
+        digest = hashlib.sha256(f"{lowered.kernel}\n{body_text(part)}".encode()).hexdigest()[:12]
         op_types = [o.op_type for o in micro_graph.operators]
         name = "_".join([*list(dict.fromkeys(op_types))[:4], digest])
-        source = c.emit(lowered.group, name, f"{name}: {' '.join(op_types)}")
-        forms = {"scop": key, "schedule": lowered.schedule, "kernel": str(lowered.group)}
-        for form, text in forms.items():
-            self.dumps.setdefault(f"{name}.{form}.txt", text)
-        self.dumps.setdefault(f"{name}.c", source)
+        if f"{name}.c" not in self.dumps:
+            forms = {"scop": text, "schedule": lowered.schedule, "kernel": lowered.kernel}
+            self.dumps |= {f"{name}.{form}.txt": content for form, content in forms.items()}
+            self.dumps[f"{name}.c"] = c.emit(lowered.group, name, f"{name}: {' '.join(op_types)}")
         self.codegen_seconds += perf_counter() - start
-        return Candidate(name, micro_graph, part, lowered.group, source)
+        return Candidate(name, micro_graph, part, lowered.group, self.dumps[f"{name}.c"])
 
     def _lower(self, scop: Scop, alone: bool) -> _Lowered | Refused:
         start = perf_counter()
@@ -90,4 +98,4 @@ class FuseMicroGraph:
         if not isinstance(fused, Fused):
             return fused
         group = TileAndMap(alone)(fused)
-        return group if isinstance(group, Refused) else _Lowered(group, show(fused.tree))
+        return group if isinstance(group, Refused) else _Lowered(group, show(fused.tree), str(group))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -64,8 +64,9 @@ def plan(model: ir.Model, options: Options) -> Plan:
     candidates: list[Candidate] = []
     rounds: list[Round] = []
     clusters = ExtractClusters()(graph, opened)
+    bodied = tuple(node for node in graph if _has_body(node))
     for cluster in clusters:
-        escaping = _escaping(graph, cluster)
+        escaping = _escaping(cluster, bodied)
         forbidden: frozenset[tuple[int, int]] = frozenset()
         number = 0
         while True:
@@ -158,16 +159,17 @@ def _cuts(micro_graph: MicroGraph) -> frozenset[tuple[int, int]]:
     return frozenset({(first.position, last_operator.position)} if first is not last_operator else set())
 
 
-def _escaping(graph: ir.Graph, cluster: tuple[Operator, ...]) -> frozenset[str]:
-    """Names of the cluster's results that something outside of it needs."""
+def _escaping(cluster: tuple[Operator, ...], bodied: Sequence[ir.Node]) -> frozenset[str]:
+    """Names of the cluster's results that something outside of it needs; `bodied` are all nodes with bodies."""
     members = {o.node for o in cluster}
-    results = set(graph.outputs)
-    captured = {v for node in graph if node not in members and _has_body(node) for v in operands(node)}
+    captured = {v for node in bodied if node not in members for v in operands(node)}
     return frozenset(
         own.name
         for o in cluster
         for value, own in o.results().items()
-        if value in results or value in captured or any(user not in members for user, _ in value.uses())
+        if value.is_graph_output()
+        or value in captured
+        or any(user not in members for user, _ in value.uses())
     )
 
 

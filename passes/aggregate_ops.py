@@ -179,7 +179,6 @@ class _Growth:
         self.cluster = cluster
         self.limits = limits
         self.producer_of = {v.name: place for place, o in enumerate(cluster) for v in o.outputs}
-        self.value_of = {v.name: v for o in cluster for v in o.outputs}
         self.readers: dict[str, list[int]] = {}
         for place, operator in enumerate(cluster):
             for value in operator.inputs:
@@ -189,8 +188,15 @@ class _Growth:
             successors[producer].update(self.readers.get(name, ()))
         self.contraction = Contraction(successors)
         self.areas = {place: Area.of(operator) for place, operator in enumerate(cluster)}
+        self.made = [{v.name for v in operator.outputs} for operator in cluster]
+        self.read = [{v.name for v in operator.inputs if v.name in self.producer_of} for operator in cluster]
+        self.sizes = {v.name: product(v.shape) for operator in cluster for v in operator.inputs}
+        self.apart: list[set[int]] = [set() for _ in cluster]
         places = {operator.position: place for place, operator in enumerate(cluster)}
-        self.forbidden = {(places[a], places[b]) for a, b in forbidden if a in places and b in places}
+        for a, b in forbidden:
+            if a in places and b in places:
+                self.apart[places[a]].add(places[b])
+                self.apart[places[b]].add(places[a])
 
     def groups(self) -> list[list[int]]:
         return self.contraction.groups()
@@ -243,15 +249,15 @@ class _Growth:
 
     def _merge(self, a: int, b: int) -> None:
         joined = self.areas.pop(a).joined(self.areas.pop(b))
-        self.areas[self.contraction.merge(a, b)] = joined
+        keep = self.contraction.merge(a, b)
+        drop = b if keep == a else a
+        self.areas[keep] = joined
+        for facts in (self.made, self.read):
+            facts[keep] |= facts[drop]
+        self.apart[keep] |= self.apart[drop]
 
     def _apart_allowed(self, a: int, b: int) -> bool:
-        left, right = self.contraction.members[a], self.contraction.members[b]
-        return (
-            not any((x, y) in self.forbidden or (y, x) in self.forbidden for x in left for y in right)
-            if self.forbidden
-            else True
-        )
+        return all(self.contraction.find(place) != b for place in self.apart[a])
 
     def _connected(self, a: int, b: int) -> bool:
         return (
@@ -264,14 +270,7 @@ class _Growth:
     def _relation(self, producer: int, user: int) -> Relation:
         """The most general relation of the tensors that cross from one area to the other."""
         size = self.areas[user].domain
-        members = set(self.contraction.members[producer])
-        crossing = {
-            value.name: value
-            for place in self.contraction.members[user]
-            for value in self.cluster[place].inputs
-            if self.producer_of.get(value.name) in members
-        }
-        sizes = {product(value.shape) for value in crossing.values()}
+        sizes = {self.sizes[name] for name in self.made[producer] & self.read[user]}
         if sizes == {size}:
             return Relation.ONE_TO_ONE
         smaller = all(s == size or size.exact_quotient(s) is not None for s in sizes)
