@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
+from apollo_fuse import onnx_io
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.expressions import Apply, Block, Op
 from apollo_fuse.fusion import Candidate
@@ -171,7 +172,7 @@ def _inside(model: ir.Model, candidate: Candidate, nodes: Sequence[ir.Node]) -> 
 
 
 def _session(model: ir.Model, threads: int, library: Path | None) -> ort.InferenceSession:
-    options = session_options(threads)
+    options = onnx_io.beside_weights(session_options(threads), model)
     if library is not None:
         options.register_custom_ops_library(str(library))
     proto = ir.to_proto(model)

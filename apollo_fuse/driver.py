@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 
 import onnx_ir as ir
+import onnxruntime as ort
 
 from apollo_fuse import onnx_io
 from apollo_fuse.acceptance import Judgement, judge, needed_values
@@ -75,40 +76,51 @@ class _Compilation:
 
     def run(self) -> Report:
         start = perf_counter()
-        onnx_io.check_readable(self.path)
-        require_writable(self.output)
-        self.progress.stage("partition", None)
-        with self._timed("partition"):
-            clean = onnx_io.load_clean(self.path)
-            model = clean.clone()
-            defaults = onnx_io.take_defaults(model)
-            infer_shapes(model)
-            chosen = plan(model, self.options)
-        self._dump(chosen)
-        feeds = self._feeds()
-        settled = Settled((), LatencyReport(threads=self.threads), NOTHING, {})
-        if feeds is None:
-            chosen = replace(chosen, candidates=())
+        with self._timed("load"):
+            require_writable(self.output)
+            onnx_io.check_output(self.path, self.output)
         with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
+            self.progress.stage("partition", None)
+            with self._timed("load"):
+                clean = onnx_io.load_clean(self.path, Path(folder))
+                model = clean.clone()
+                defaults = onnx_io.take_defaults(model)
+            with self._timed("shapes"):
+                infer_shapes(model)
+            with self._timed("partition"):
+                chosen = plan(model, self.options)
+            self._dump(chosen)
+            with self._timed("inputs"):
+                original = open_session(self.path, self.threads)
+                feeds = self._feeds(original)
+            if feeds is None:
+                chosen = replace(chosen, candidates=())
+            settled = Settled((), LatencyReport(threads=self.threads), NOTHING, {})
+            trial: Trial | None = None
             if chosen.candidates and feeds is not None:
                 trial = self._compile(chosen, clean, Path(folder))
                 judgements = self._judge(model, chosen, trial, defaults | feeds)
-                settled = self._settle(chosen, trial, feeds, judgements)
+                settled = self._settle(chosen, trial, original, feeds, judgements)
+            del original  # holds all weights once more
             library = self.output.with_suffix(".so")
-            if settled.kept:
-                trial.write(settled.kept, self.output, self._builds(settled.kept, trial.build))
+            if settled.kept and trial is not None:
+                builds = self._builds(settled.kept, trial.build)
+                with self._timed("write"):
+                    trial.write(settled.kept, self.output, builds)
             else:
-                onnx_io.write_unchanged(self.path, self.output)
-                link.remove_library(library)
+                with self._timed("write"):
+                    onnx_io.write_unchanged(self.path, self.output)
+                    link.remove_library(library)
+            with self._timed("write"):
+                summary = self._summary(model, chosen, settled)
         self.seconds["total"] = perf_counter() - start
-        return self._report(model, chosen, settled, library if settled.kept else None)
+        return self._report(summary, chosen, settled, library if settled.kept else None)
 
     # -- rungs ------------------------------------------------------------------------------
 
-    def _feeds(self) -> dict[str, Array] | None:
+    def _feeds(self, original: ort.InferenceSession) -> dict[str, Array] | None:
         """Inputs to verify and measure with, or None where there are none and nothing can be verified."""
         shapes = {shape.name: shape.dims for shape in self.options.shapes}
-        original = open_session(self.path, self.threads)
         try:
             if self.options.inputs is not None:
                 self.given = read_inputs(self.options.inputs, inputs_of(original))
@@ -124,7 +136,7 @@ class _Compilation:
         cpus = dict.fromkeys((self.tried, *self.options.cpu.cpus))
         self.toolchains = {cpu: Toolchain.find(environment, cpu) for cpu in cpus}
         build = self._build(chosen.candidates, self.tried)
-        return Trial(self.path, clean, build, self.options.cache_dir, self.threads, folder)
+        return Trial(clean, build, self.options.cache_dir, self.threads, folder)
 
     def _builds(self, kept: Sequence[Candidate], tried: link.Build) -> list[link.Build]:
         """The kernels that stay, for each processor of the library."""
@@ -161,9 +173,10 @@ class _Compilation:
         stage = "measure" if self.options.measure else "verify"
         self.progress.stage(stage, len(distinct))
         library = trial.folder / "trial.so"
-        trial.library(list(distinct.values()), library)
+        with self._timed("cc"):
+            trial.library(list(distinct.values()), library)
         found: dict[str, Judgement] = {}
-        with self._timed(stage):
+        with self._timed("judge"):
             arrays = capture(trial.clean, needed_values(list(distinct.values())), feeds, self.threads)
             self._note_shapes(chosen, arrays)
             opsets = dict(model.opset_imports)
@@ -176,9 +189,14 @@ class _Compilation:
         return found
 
     def _settle(
-        self, chosen: Plan, trial: Trial, feeds: Mapping[str, Array], judgements: dict[str, Judgement]
+        self,
+        chosen: Plan,
+        trial: Trial,
+        original: ort.InferenceSession,
+        feeds: Mapping[str, Array],
+        judgements: dict[str, Judgement],
     ) -> Settled:
-        settle = Settle(trial, feeds, self.given, self.options.seed, self._complain, judgements)
+        settle = Settle(trial, original, feeds, self.given, self.options.seed, self._complain, judgements)
         accepted = [x for x in chosen.candidates if judgements[x.variant].accepted]
         latency = LatencyReport(threads=self.threads)
         self.progress.stage("verify", None)
@@ -214,17 +232,13 @@ class _Compilation:
     def _timed(self, stage: str) -> _Stopwatch:
         return _Stopwatch(self.seconds, stage)
 
-    def _report(
-        self,
-        model: ir.Model,
-        chosen: Plan,
-        settled: Settled,
-        library: Path | None,
-    ) -> Report:
-        verdict = settled.verdict
-        summary: Summary = summarise(
+    def _summary(self, model: ir.Model, chosen: Plan, settled: Settled) -> Summary:
+        return summarise(
             self.path, self.output, model, chosen, settled.judgements, settled.kept, solve(self.shapes)
         )
+
+    def _report(self, summary: Summary, chosen: Plan, settled: Settled, library: Path | None) -> Report:
+        verdict = settled.verdict
         return Report(
             model=self.path,
             output=self.output,
@@ -245,17 +259,14 @@ class _Compilation:
                 verdict.passed, verdict.cases, verdict.max_abs_error, verdict.max_rel_error
             ),
             latency=settled.latency,
-            compile_seconds=CompileSeconds(
-                total=self.seconds["total"],
-                partition=self.seconds["partition"],
-                isl=chosen.isl_seconds,
-                codegen=chosen.codegen_seconds,
-                cc=self.seconds.get("cc", 0.0),
-                measure=self.seconds.get("measure", 0.0),
-                verify=self.seconds.get("verify", 0.0),
-            ),
+            compile_seconds=self._compile_seconds(chosen),
             warnings=tuple(self.warnings),
         )
+
+    def _compile_seconds(self, chosen: Plan) -> CompileSeconds:
+        within = {"isl": chosen.isl_seconds, "codegen": chosen.codegen_seconds}
+        partition = self.seconds["partition"] - sum(within.values())
+        return CompileSeconds(**{**self.seconds, **within, "partition": partition})
 
 
 @dataclass(slots=True)

@@ -1,4 +1,8 @@
-"""Reads models, cleans them with onnxruntime's basic optimisations, and writes the results."""
+"""Reads models, cleans them with onnxruntime's basic optimisations, and writes the results.
+
+Weights are never held in memory: those of a clean model lie in one file of a working folder, which tensors
+map and trial sessions read, until the result is written.
+"""
 
 from __future__ import annotations
 
@@ -17,59 +21,68 @@ import onnxruntime as ort
 from apollo_fuse.atomic import replacing
 from apollo_fuse.errors import ModelError, OutputError, what_onnxruntime_says
 
-_LARGE = 1_500_000_000  # bytes from which a protobuf file keeps its weights beside it
+_LARGE = 1 << 30  # bytes of weights from which a model keeps them beside it: protobuf ends at 2 GiB
+_SMALL = 1024  # bytes up to which a weight stays in the clean model itself
 _FATAL = 4  # onnxruntime's log level that shows fatal errors only
-_OWN_WEIGHTS = "clean.bin"  # where onnxruntime writes the weights of a large model
+_WEIGHTS = "clean.bin"  # where onnxruntime writes the weights of the clean model
 _NOT_WRITTEN = "Protobuf serialization failed"
 _OVERRIDABLE_SINCE = 4  # the IR version from which an initialiser that is an input is a default value only
 
 
-def load_clean(path: Path) -> ir.Model:
+def load_clean(path: Path, folder: Path) -> ir.Model:
     """The model after constant folding, common sub-expressions, dead nodes and inlining of functions.
+
+    Its weights lie in a new file in `folder`, which has to stay while the model is used.
 
     Raises ModelError when the file is missing, is no ONNX model, or onnxruntime does not accept it.
     """
-    size = check_readable(path)
-    with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
-        target = Path(folder, "clean.onnx")
-        options = ort.SessionOptions()
-        options.log_severity_level = _FATAL
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(target)
-        if size > _LARGE:
-            options.add_session_config_entry(
-                "session.optimized_model_external_initializers_file_name", _OWN_WEIGHTS
-            )
-            options.add_session_config_entry(
-                "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
-            )
-        try:
-            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises classes of its own for each status
-            if _NOT_WRITTEN in str(error):
-                raise OutputError(
-                    f"cannot write a working copy of {path} to {folder}; make room there, or set TMPDIR"
-                ) from error
-            raise ModelError(
-                f"{path}: onnxruntime cannot load this model: {what_onnxruntime_says(error)}; "
-                "it has to run in onnxruntime before it can be fused"
+    proto = _checked(path)
+    original = ir.from_proto(_without_weights(proto))
+    del proto  # holds the weights
+    place = Path(tempfile.mkdtemp(dir=folder))
+    target = place / "clean.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(target)
+    entries = {
+        "session.optimized_model_external_initializers_file_name": _WEIGHTS,
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(_SMALL),
+        "session.disable_prepacking": "1",  # nothing is run: no second copy of the weights
+    }
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    try:
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own for each status
+        if _NOT_WRITTEN in str(error):
+            raise OutputError(
+                f"cannot write a working copy of {path} to {folder}; make room there, or set TMPDIR"
             ) from error
-        model = ir.load(target)
-        # onnxruntime keeps what lay beside the original there, under the same relative name.
-        for tensor in _tensors(model):
-            if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name != _OWN_WEIGHTS:
-                tensor.base_dir = path.parent
-        ir.external_data.load_to_model(model)
-    original = ir.load(path)
+        raise ModelError(
+            f"{path}: onnxruntime cannot load this model: {what_onnxruntime_says(error)}; "
+            "it has to run in onnxruntime before it can be fused"
+        ) from error
+    model = ir.load(target)
     if original.ir_version < _OVERRIDABLE_SINCE:
         constants = model.graph.initializers
-        for place in reversed(range(len(model.graph.inputs))):
-            if model.graph.inputs[place].name in constants:
-                del model.graph.inputs[place]
+        for number in reversed(range(len(model.graph.inputs))):
+            if model.graph.inputs[number].name in constants:
+                del model.graph.inputs[number]
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     model.metadata_props.update(original.metadata_props)
     model.graph.doc_string = original.graph.doc_string
     return model
+
+
+def beside_weights(options: ort.SessionOptions, model: ir.Model) -> ort.SessionOptions:
+    """The options, for a session of the model as bytes, with the folder that its weights lie in."""
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            folder = str(tensor.base_dir)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            break
+    return options
 
 
 def take_defaults(model: ir.Model) -> dict[str, np.ndarray]:
@@ -84,20 +97,38 @@ def take_defaults(model: ir.Model) -> dict[str, np.ndarray]:
     return defaults
 
 
-def check_readable(path: Path) -> int:
-    """Bytes of the model with its external data; raises ModelError when it is no ONNX model."""
+def _checked(path: Path) -> onnx.ModelProto:
+    """The model as it is read; raises ModelError when it is none, or what belongs to it is missing."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give the path of an ONNX model")
     proto = _read(path)
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX model: it has no graph; is the file complete?")
-    files = {path, *(path.parent / name for name in _locations(proto))}
-    missing = sorted(str(file) for file in files if not file.is_file())
+    missing = sorted(str(file) for file in _data_files(path, proto) if not file.is_file())
     if missing:
         raise ModelError(
             f"{path}: its weights should be in {missing[0]}, which is missing; put the file there"
         )
-    return sum(file.stat().st_size for file in files)
+    return proto
+
+
+def check_output(original: Path, path: Path) -> None:
+    """Raises OutputError where writing a fused model to `path` would overwrite weights of another model."""
+    data = weights_path(path)
+    if not data.exists():
+        return
+    if any(data.samefile(file) for file in _data_files(original, _read(original))):
+        whose = f"holds weights of {original}"
+    elif not path.is_file() or data not in _data_files(path, _read(path)):
+        whose = f"is no part of {path.name}"
+    else:
+        return
+    raise OutputError(f"cannot write {path}: {data.name} beside it {whose}; give another output, or move it")
+
+
+def weights_path(path: Path) -> Path:
+    """Where the weights of a large model that is written to `path` lie."""
+    return path.with_name(f"{path.name}.data")
 
 
 def write(model: ir.Model, path: Path) -> None:
@@ -105,14 +136,16 @@ def write(model: ir.Model, path: Path) -> None:
 
     Raises OutputError where that cannot be done; then nothing has changed.
     """
-    weights = sum(
-        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
-    )
-    if weights <= _LARGE:
+    data = weights_path(path)
+    if sum(tensor.nbytes for tensor in _tensors(model)) <= _LARGE:
+        proto = ir.to_proto(model)
+        for tensor in _tensors(model):
+            if isinstance(tensor, ir.ExternalTensor):
+                onnx.load_external_data_for_model(proto, str(tensor.base_dir))
+                break
         with _writing(path), replacing(path) as temporary:
-            ir.save(model, temporary)
+            temporary.write_bytes(proto.SerializeToString())
         return
-    data = path.with_name(f"{path.name}.data")
     with _writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".apollo-fuse-") as folder:
         ir.save(model, Path(folder, path.name), external_data=data.name)
         os.replace(Path(folder, data.name), data)
@@ -125,10 +158,8 @@ def write_unchanged(original: Path, path: Path) -> None:
     Weights in files of their own cannot be found from another folder; there the copy holds them itself.
     Raises OutputError where that cannot be done; then nothing has changed.
     """
-    if path.parent.resolve() != original.parent.resolve() and _locations(_read(original)):
-        model = ir.load(original)
-        ir.external_data.load_to_model(model)
-        write(model, path)
+    if path.parent.resolve() != original.parent.resolve() and _data_files(original, _read(original)):
+        write(ir.load(original), path)
         return
     with _writing(path), replacing(path) as temporary:
         shutil.copyfile(original, temporary)
@@ -156,15 +187,28 @@ def _read(path: Path) -> onnx.ModelProto:
         ) from error
 
 
-def _locations(proto: onnx.ModelProto) -> set[str]:
-    """The files beside a model that hold its weights, bodies of If, Loop and Scan included."""
+def _data_files(path: Path, proto: onnx.ModelProto) -> set[Path]:
+    """The files beside the model at `path` that hold its weights, bodies of If, Loop and Scan included."""
     return {
-        entry.value
+        path.parent / entry.value
         for tensor in _proto_tensors(proto.graph)
         if tensor.data_location == onnx.TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"
     }
+
+
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """What a model says about itself: no graph but its documentation."""
+    result = onnx.ModelProto(
+        ir_version=proto.ir_version,
+        producer_name=proto.producer_name,
+        producer_version=proto.producer_version,
+        metadata_props=proto.metadata_props,
+        opset_import=proto.opset_import,
+    )
+    result.graph.doc_string = proto.graph.doc_string
+    return result
 
 
 def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -160,7 +160,7 @@ def _cuts(micro_graph: MicroGraph) -> frozenset[tuple[int, int]]:
 
 
 def _escaping(cluster: tuple[Operator, ...], bodied: Sequence[ir.Node]) -> frozenset[str]:
-    """Names of the cluster's results that something outside of it needs; `bodied` are all nodes with bodies."""
+    """Names of the cluster's results that are needed outside of it; `bodied` are all nodes with bodies."""
     members = {o.node for o in cluster}
     captured = {v for node in bodied if node not in members for v in operands(node)}
     return frozenset(

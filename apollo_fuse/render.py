@@ -58,8 +58,7 @@ def render_explanation(report: Report, console: Console) -> None:
 def render_compile_seconds(report: Report, console: Console) -> None:
     """Print where the time of the compilation went, what the library is for, and the versions used."""
     seconds = report.compile_seconds
-    parts = ("partition", "isl", "codegen", "cc", "measure", "verify")
-    spent = ", ".join(f"{part} {getattr(seconds, part):.2f}" for part in parts)
+    spent = ", ".join(f"{part} {time:.2f}" for part, time in seconds.parts.items())
     _print(console, f"Compiled in {seconds.total:.2f} s: {spent}")
     if report.cpu_targets:
         _print(console, f"For {', '.join(report.cpu_targets)}; verified as code for {report.verified_cpu}")

@@ -97,15 +97,32 @@ class LatencyReport:
 
 @dataclass(frozen=True, slots=True)
 class CompileSeconds:
-    """Wall time of the compilation and of its parts, in seconds; isl is a part of no other."""
+    """Wall time of the compilation and of its parts, which are parts of no other, in seconds.
+
+    load: reading and cleaning the model. shapes: inferring them. partition: everything between those and the
+        kernels that isl and codegen do not account for.
+    inputs: opening the original and finding inputs that it runs on. cc: compiling and linking kernels.
+    judge: verifying, and measuring, each distinct kernel; verify and measure: the same for the whole model.
+    write: writing the result and summing it up.
+    """
 
     total: float = 0.0
+    load: float = 0.0
+    shapes: float = 0.0
     partition: float = 0.0
     isl: float = 0.0
     codegen: float = 0.0
+    inputs: float = 0.0
     cc: float = 0.0
-    measure: float = 0.0
+    judge: float = 0.0
     verify: float = 0.0
+    measure: float = 0.0
+    write: float = 0.0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """All but the total, in order."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "total"}
 
 
 @dataclass(frozen=True, slots=True)

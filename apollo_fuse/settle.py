@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import onnxruntime as ort
+
 from apollo_fuse.acceptance import Judgement
 from apollo_fuse.errors import ApolloFuseError, NoFeedsError, what_onnxruntime_says
 from apollo_fuse.feeds import runnable_feeds
@@ -18,6 +20,7 @@ from apollo_fuse.verify import NOTHING, Verdict, coarsest, failed, verify
 
 CLEAR_GAIN = 1.3  # from this speed-up on a kernel is a clear winner
 MODEL_RUNS = 300  # at most, of each model in one measurement
+HOPELESS = 1.05  # share of the unfused time from which a longer measurement is no use
 WHOLE_MODEL_WINS = 0.98  # share of the unfused time that a fused model has to stay below
 
 
@@ -39,11 +42,13 @@ class Settle:
     """
 
     trial: Trial
+    original: ort.InferenceSession
     feeds: Mapping[str, Array]
     given: Mapping[str, Array]
     seed: int
     complain: Callable[[str], None]
     judgements: dict[str, Judgement] = field(default_factory=dict)
+    _opened: tuple[tuple[Candidate, ...], ort.InferenceSession] | None = None
 
     def verified(self, accepted: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], Verdict]:
         """Those that the model computes the same with; a kernel that makes a difference is dropped."""
@@ -61,34 +66,48 @@ class Settle:
     def fastest(self, accepted: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], LatencyReport]:
         """Measures the model with all kernels and with the clearest winners alone, and keeps the best.
 
-        What is not a clear win is measured once more, for longer, before it is given up.
+        What wins nothing, and yet might, is measured once more, for longer, before it is given up.
         """
         threads = self.trial.threads
         clear = tuple(x for x in accepted if _gain(self.judgements[x.variant]) >= CLEAR_GAIN)
         choices = [tuple(accepted)] + ([clear] if clear and len(clear) < len(accepted) else [])
-        sessions = [self.trial.original(), *map(self.trial.fused, choices)]
-        for seconds in (1.0, 3.0):
-            unfused, *fused = interleaved(
-                sessions, self.feeds, seconds=seconds * len(sessions), maximum_runs=MODEL_RUNS
-            )
-            best = min(range(len(fused)), key=lambda n: fused[n].median)
-            if _wins(fused[best], unfused):
-                break
-        else:
+        # one after the other: a session holds all weights once more
+        pairs = [self._measured(choice, seconds=1.0) for choice in choices]
+        best = min(range(len(pairs)), key=lambda n: pairs[n][1].median / pairs[n][0].median)
+        kept, (unfused, fused) = choices[best], pairs[best]
+        if not _wins(fused, unfused) and fused.median < HOPELESS * unfused.median:
+            unfused, fused = self._measured(kept, seconds=3.0)
+        if not _wins(fused, unfused):
             self._drop(accepted, "the whole model does not get faster")
             return (), _latency(unfused, unfused, threads)
-        kept = choices[best]
         self._drop([x for x in accepted if x not in kept], "the model is faster without it")
-        return kept, _latency(unfused, fused[best], threads)
+        return kept, _latency(unfused, fused, threads)
+
+    def _measured(self, chosen: tuple[Candidate, ...], seconds: float) -> tuple[Timing, Timing]:
+        """Latency without and with these kernels, measured in turn for `seconds` each."""
+        unfused, fused = interleaved(
+            [self.original, self._open(chosen)],
+            self.feeds,
+            seconds=2 * seconds,
+            maximum_runs=MODEL_RUNS,
+        )
+        return unfused, fused
+
+    def _open(self, chosen: tuple[Candidate, ...]) -> ort.InferenceSession:
+        """The model with these kernels; the one that was opened last is kept, and no other."""
+        if self._opened is None or self._opened[0] != chosen:
+            self._opened = None  # closed first, so that there are never two
+            self._opened = chosen, self.trial.fused(chosen)
+        return self._opened[1]
 
     def _verify(self, chosen: Sequence[Candidate]) -> Verdict:
-        original = self.trial.original()
+        original = self.original
         shapes = {name: array.shape for name, array in self.feeds.items()}
         cases = [self.feeds]
         with contextlib.suppress(NoFeedsError):  # the first may have been a lucky draw
             cases.append(runnable_feeds(original, shapes, self.seed + 1, self.given))
         try:
-            fused = self.trial.fused(chosen)
+            fused = self._open(tuple(chosen))
         except ApolloFuseError:
             raise
         except Exception as error:  # onnxruntime raises classes of its own for each status

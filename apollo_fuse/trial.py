@@ -21,12 +21,9 @@ from apollo_fuse.region import Interface, swap
 from apollo_fuse.tolerance import Array
 
 
-def open_session(path: Path, threads: int, library: Path | None = None) -> ort.InferenceSession:
-    """The model at `path` in onnxruntime with all its optimisations, and with the kernels of `library`."""
-    settings = session_options(threads)
-    if library is not None:
-        settings.register_custom_ops_library(str(library))
-    return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """The model at `path` in onnxruntime with all its optimisations."""
+    return ort.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +33,22 @@ class Trial:
     `build` holds the kernels that this machine tries.
     """
 
-    path: Path
     clean: ir.Model
     build: link.Build
     cache: Path
     threads: int
     folder: Path
 
-    def original(self) -> ort.InferenceSession:
-        return open_session(self.path, self.threads)
-
     def fused(self, chosen: Sequence[Candidate]) -> ort.InferenceSession:
         """The model with these candidates in it."""
+        model = self._swapped(chosen)
+        settings = onnx_io.beside_weights(session_options(self.threads), model)
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
-            path = Path(place, "fused.onnx")
-            return open_session(path, self.threads, self.write(chosen, path))
+            library = Path(place, "fused.so")
+            self.library(chosen, library)
+            settings.register_custom_ops_library(str(library))
+            proto = ir.to_proto(model).SerializeToString()
+            return ort.InferenceSession(proto, settings, providers=["CPUExecutionProvider"])
 
     def library(self, chosen: Sequence[Candidate], path: Path) -> None:
         """Links the kernels of these candidates, for this machine."""
@@ -101,8 +99,9 @@ def capture(
             entry.type.tensor_type.elem_type = value.dtype.value
     captured = {name: np.asarray(feeds[name]) for name in wanted if name in inputs}
     if names:
+        settings = onnx_io.beside_weights(session_options(threads), model)
         session = ort.InferenceSession(
-            proto.SerializeToString(), session_options(threads), providers=["CPUExecutionProvider"]
+            proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
         )
         captured |= dict(zip(names, session.run(names, dict(feeds)), strict=True))
     return captured

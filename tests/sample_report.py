@@ -60,7 +60,15 @@ FUSED = Report(
     verification=VerificationReport(passed=True, cases=8, max_abs_error=1e-6, max_rel_error=float("inf")),
     latency=LatencyReport(unfused_ms=2.0, fused_ms=1.25, speedup=1.6, runs=50, threads=2),
     compile_seconds=CompileSeconds(
-        total=3.5, partition=0.25, isl=0.5, codegen=0.25, cc=1.0, measure=1.0, verify=0.5
+        total=4.0,
+        load=0.25,
+        partition=0.25,
+        isl=0.5,
+        codegen=0.25,
+        cc=1.0,
+        judge=0.25,
+        verify=0.5,
+        measure=1.0,
     ),
     warnings=("kernel [sin] failed verification and was dropped",),
 )

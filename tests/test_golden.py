@@ -29,7 +29,7 @@ def test_every_form_of_a_model_is_as_reviewed(
 ) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(MODELS[name](), path)
-    model = onnx_io.load_clean(path)
+    model = onnx_io.load_clean(path, tmp_path)
     infer_shapes(model)
     forms = plan(model, Options()).dumps
     for stage in ("clusters", "micro_graphs", "scop", "schedule", "kernel", "c"):

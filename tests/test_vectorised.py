@@ -61,7 +61,7 @@ def vectorised_lines(source: str, folder: Path) -> set[int]:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_lane_loop_is_vectorised(name: str, tmp_path: Path) -> None:
     onnx.save(MODELS[name](), tmp_path / "model.onnx")
-    model = onnx_io.load_clean(tmp_path / "model.onnx")
+    model = onnx_io.load_clean(tmp_path / "model.onnx", tmp_path)
     infer_shapes(model)
     sources = {x.name: x.source for x in plan(model, Options()).candidates}
     assert sources

@@ -83,15 +83,15 @@ def test_micro_graphs_partition_the_operators_without_a_cycle(model: RandomModel
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model.proto, path)
-        clean = onnx_io.load_clean(path)
-    infer_shapes(clean)
-    opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values_of(clean.graph))
-    operators = {o.position for o in opened if isinstance(o, Operator)}
-    groups: list[list[int]] = []
-    for cluster in ExtractClusters()(clean.graph, opened):
-        for micro_graph in AggregateOps(Limits(most))(cluster, frozenset()):
-            assert len(micro_graph.operators) <= most
-            groups.append([o.position for o in micro_graph.operators])
-    assert sorted(p for group in groups for p in group) == sorted(operators)
-    rest = [[place] for place, o in enumerate(opened) if not isinstance(o, Operator)]
-    assert_acyclic([*groups, *rest], node_successors(clean.graph))
+        clean = onnx_io.load_clean(path, path.parent)
+        infer_shapes(clean)
+        opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values_of(clean.graph))
+        operators = {o.position for o in opened if isinstance(o, Operator)}
+        groups: list[list[int]] = []
+        for cluster in ExtractClusters()(clean.graph, opened):
+            for micro_graph in AggregateOps(Limits(most))(cluster, frozenset()):
+                assert len(micro_graph.operators) <= most
+                groups.append([o.position for o in micro_graph.operators])
+        assert sorted(p for group in groups for p in group) == sorted(operators)
+        rest = [[place] for place, o in enumerate(opened) if not isinstance(o, Operator)]
+        assert_acyclic([*groups, *rest], node_successors(clean.graph))

@@ -30,7 +30,7 @@ def scops(model: RandomModel, folder: str) -> Iterator[Scop]:
     """The Scop of each kernel of the model."""
     path = Path(folder) / "model.onnx"
     onnx.save(model.proto, path)
-    clean = onnx_io.load_clean(path)
+    clean = onnx_io.load_clean(path, path.parent)
     infer_shapes(clean)
     for candidate in plan(clean, Options(fuse_all=True)).candidates:
         scop = BuildScop()(candidate.micro_graph)
