@@ -1,6 +1,7 @@
 # make demo    fuse a real model and show what it gains
 # make test    the tests; `make test-all` adds the slow ones
 # make bench   measure the model set against onnxruntime
+# make scale   measure how the compiler's time and memory grow with the model
 # make lint    format, lint and type checks
 # make clean   remove what builds, tests and tools leave; .venv stays
 #
@@ -11,13 +12,14 @@ DEMO_MODEL ?= ppocr_rec
 DEMO_ARGS ?= --shape x:1,3,48,320
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SCALE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all bench scale lint clean
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
@@ -33,6 +35,9 @@ test-all: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
+
+scale: $(INSTALLED)
+	$(BIN)/python -m benchmarks.scale $(SCALE_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
