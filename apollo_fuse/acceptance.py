@@ -6,7 +6,7 @@ layout when it can, and what a kernel costs includes the change of layout that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse import onnx_io
+from apollo_fuse.capture import Captures
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.expressions import Apply, Block, Op
 from apollo_fuse.fusion import Candidate
@@ -22,7 +23,7 @@ from apollo_fuse.measure import interleaved, session_options
 from apollo_fuse.options import Options
 from apollo_fuse.region import Interface, extract, region_inputs, swap
 from apollo_fuse.tolerance import Array
-from apollo_fuse.verify import Verdict, coarsest, edge_case, failed, verify
+from apollo_fuse.verify import NOTHING, Verdict, coarsest, edge_case, failed, verify
 
 _CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
 WINS = 0.97  # share of the unfused time that a kernel has to stay below
@@ -54,27 +55,29 @@ def context(candidate: Candidate) -> tuple[ir.Node, ...]:
     return tuple(node for node in graph if node in wanted)
 
 
-def needed_values(candidates: Sequence[Candidate]) -> dict[str, ir.Value]:
-    """The values to capture from a run, so that every candidate can run on its own, by name."""
-    found: dict[str, ir.Value] = {}
+def needed_values(candidates: Iterable[Candidate]) -> list[str]:
+    """Names of the values to capture from a run, so that every candidate can run on its own."""
+    found: dict[str, None] = {}
     for candidate in candidates:
-        for value in region_inputs(context(candidate)):
-            found[value.name or ""] = value
-        for value in candidate.part.inputs:
-            if value.const_value is None:
-                found[value.name or ""] = value
-    return found
+        around = region_inputs(context(candidate))
+        own = (value for value in candidate.part.inputs if value.const_value is None)
+        found |= {value.name or "": None for value in (*around, *own)}
+    return list(found)
 
 
 def judge(
     candidate: Candidate,
     opsets: Mapping[str, int],
-    arrays: Mapping[str, Array],
+    captures: Captures,
     library: Path,
     options: Options,
     threads: int,
 ) -> Judgement:
     """Verifies the kernel alone, on captured and edge inputs, then measures it in its context if wanted."""
+    for name in needed_values([candidate]):
+        if name in captures.problems:
+            return Judgement(NOTHING, None, None, captures.problems[name])
+    arrays = captures.arrays
     try:
         alone = _Region(candidate, candidate.part.nodes, opsets, library, threads)
     except Exception as error:  # onnxruntime raises classes of its own for each status

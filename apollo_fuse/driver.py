@@ -15,6 +15,7 @@ import onnxruntime as ort
 from apollo_fuse import onnx_io
 from apollo_fuse.acceptance import Judgement, judge, needed_values
 from apollo_fuse.atomic import require_writable
+from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import Cpu
@@ -30,7 +31,7 @@ from apollo_fuse.settle import Settle, Settled
 from apollo_fuse.summary import Summary, solve, summarise
 from apollo_fuse.symbolic import infer_shapes
 from apollo_fuse.tolerance import Array
-from apollo_fuse.trial import Trial, capture, default_threads, open_session
+from apollo_fuse.trial import Trial, default_threads, open_session
 from apollo_fuse.verify import NOTHING
 
 
@@ -177,11 +178,13 @@ class _Compilation:
             trial.library(list(distinct.values()), library)
         found: dict[str, Judgement] = {}
         with self._timed("judge"):
-            arrays = capture(trial.clean, needed_values(list(distinct.values())), feeds, self.threads)
-            self._note_shapes(chosen, arrays)
+            captures = capture(trial.clean, needed_values(distinct.values()), feeds, self.threads)
+            self._note_shapes(chosen, captures.arrays)
+            for problem in dict.fromkeys(captures.problems.values()):
+                self.warnings.append(f"{problem}; nothing of it is fused")
             opsets = dict(model.opset_imports)
             for variant, candidate in distinct.items():
-                judgement = judge(candidate, opsets, arrays, library, self.options, self.threads)
+                judgement = judge(candidate, opsets, captures, library, self.options, self.threads)
                 found[variant] = judgement
                 if not judgement.verdict.passed:
                     self._complain(f"kernel {candidate.name} {judgement.reason}")

@@ -66,7 +66,7 @@ class Primitive:
 class Operator:
     """An ONNX node opened into primitives; the unit that the partitioner moves, and swaps back whole."""
 
-    position: int  # place in topological order
+    position: int  # place in topological order, over the nodes of all graphs of the model
     op_type: str
     inputs: tuple[Value, ...]  # tensors the primitives read; scalar constants are part of the blocks
     outputs: tuple[Value, ...]  # those of the node's results that something uses

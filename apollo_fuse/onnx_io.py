@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse.atomic import replacing
+from apollo_fuse.bodies import make_names_unique
 from apollo_fuse.errors import ModelError, OutputError, what_onnxruntime_says
 
 _LARGE = 1 << 30  # bytes of weights from which a model keeps them beside it: protobuf ends at 2 GiB
@@ -33,6 +34,7 @@ def load_clean(path: Path, folder: Path) -> ir.Model:
     """The model after constant folding, common sub-expressions, dead nodes and inlining of functions.
 
     Its weights lie in a new file in `folder`, which has to stay while the model is used.
+    No name means two values, bodies of If, Loop and Scan included.
 
     Raises ModelError when the file is missing, is no ONNX model, or onnxruntime does not accept it.
     """
@@ -72,6 +74,7 @@ def load_clean(path: Path, folder: Path) -> ir.Model:
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     model.metadata_props.update(original.metadata_props)
     model.graph.doc_string = original.graph.doc_string
+    make_names_unique(model.graph)
     return model
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from apollo_fuse.bodies import graphs
 from apollo_fuse.fusion import Candidate, FuseMicroGraph
-from apollo_fuse.graph import MicroGraph, Operator, Pattern, Refused
+from apollo_fuse.graph import MicroGraph, Operator, Pattern, Refused, Value
 from apollo_fuse.index import product
 from apollo_fuse.options import Options
 from apollo_fuse.passes.aggregate_ops import AggregateOps, Limits
@@ -42,56 +43,90 @@ class Plan:
 
 
 def plan(model: ir.Model, options: Options) -> Plan:
-    """Every kernel that the model could have, before anything is compiled or measured."""
-    graph = model.graph
-    values = values_of(graph)
-    opened = list(OpenCompoundOps(model.opset_imports[""])(graph, values))
-    convolved = left_to_convolution(graph)
-    quantized = left_to_quantized(dict(zip(graph, opened, strict=True)))
-    for position, node in enumerate(graph):
-        if isinstance(opened[position], Refused):
-            continue
-        label = node.name or node.op_type
-        if node in convolved:
-            opened[position] = Refused((label,), "leave_to_convolution", "part of the convolution before it")
-        elif node in quantized:
-            opened[position] = Refused((label,), "leave_to_quantized", "part of the operator beside it")
-    refused = [o for o in opened if isinstance(o, Refused)]
-    names = {value.name: own for own, value in values.items()}
-    names |= {v.name: own for o in opened if isinstance(o, Operator) for own, v in o.results().items()}
-    fusion = FuseMicroGraph(options, names)
-    aggregate = AggregateOps(Limits(options.max_area_operators, options.max_depth_operators))
-    candidates: list[Candidate] = []
-    rounds: list[Round] = []
-    clusters = ExtractClusters()(graph, opened)
-    bodied = tuple(node for node in graph if _has_body(node))
-    for cluster in clusters:
-        escaping = _escaping(cluster, bodied)
+    """Every kernel that the model could have, before anything is compiled or measured.
+
+    The bodies of If, Loop and Scan are partitioned as the graph around them is, each by itself.
+    """
+    planning = _Planning(model.opset_imports[""], options, values_of(model.graph))
+    for graph in graphs(model.graph):
+        planning.add(graph)
+    fusion = planning.fusion
+    dumps = {
+        "clusters.txt": _operators_text(planning.clusters),
+        "micro_graphs.txt": _operators_text([x.micro_graph.operators for x in planning.candidates]),
+    }
+    return Plan(
+        tuple(planning.candidates),
+        tuple(planning.refused),
+        tuple(planning.rounds),
+        dumps | fusion.dumps,
+        fusion.isl_seconds,
+        fusion.codegen_seconds,
+    )
+
+
+@dataclass(slots=True)
+class _Planning:
+    """What was found in the graphs of a model so far; a body comes after the graph around it."""
+
+    opset: int
+    options: Options
+    values: dict[ir.Value, Value]
+    nodes: int = 0
+    clusters: list[tuple[Operator, ...]] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    fusion: FuseMicroGraph = field(init=False)
+    _names: dict[str, ir.Value] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._names = {value.name: own for own, value in self.values.items()}
+        self.fusion = FuseMicroGraph(self.options, self._names)
+
+    def add(self, graph: ir.Graph) -> None:
+        opened = self._open(graph)
+        self.refused += [o for o in opened if isinstance(o, Refused)]
+        bodied = tuple(node for node in graph if _has_body(node))
+        for cluster in ExtractClusters()(graph, opened):
+            self.clusters.append(cluster)
+            self._fuse_cluster(cluster, _escaping(cluster, bodied))
+
+    def _open(self, graph: ir.Graph) -> list[Operator | Refused]:
+        opened = list(OpenCompoundOps(self.opset)(graph, self.values, self.nodes))
+        self.nodes += len(opened)
+        convolved = left_to_convolution(graph)
+        quantized = left_to_quantized(dict(zip(graph, opened, strict=True)))
+        for place, node in enumerate(graph):
+            if isinstance(opened[place], Refused):
+                continue
+            label = node.name or node.op_type
+            if node in convolved:
+                opened[place] = Refused((label,), "leave_to_convolution", "part of the convolution before it")
+            elif node in quantized:
+                opened[place] = Refused((label,), "leave_to_quantized", "part of the operator beside it")
+        for o in opened:
+            if isinstance(o, Operator):
+                self.values |= o.results()  # what a body reads is known as well as it is out here
+                self._names |= {value.name: own for own, value in o.results().items()}
+        return opened
+
+    def _fuse_cluster(self, cluster: tuple[Operator, ...], escaping: frozenset[str]) -> None:
+        """Fuses what it can of a cluster, which is grouped anew around what was refused."""
+        aggregate = AggregateOps(Limits(self.options.max_area_operators, self.options.max_depth_operators))
         forbidden: frozenset[tuple[int, int]] = frozenset()
         number = 0
         while True:
-            results = [(m, _fuse(fusion, m)) for m in aggregate(cluster, escaping, forbidden)]
+            results = [(m, _fuse(self.fusion, m)) for m in aggregate(cluster, escaping, forbidden)]
             problems = [(m, r) for m, r in results if isinstance(r, Refused) and r.rule != NOT_WORTH_IT]
             cuts = frozenset(pair for m, _ in problems for pair in _cuts(m)) - forbidden
             if not cuts:
                 break
             number += 1
-            rounds.append(Round(number, tuple(_named(r, m) for m, r in problems), tuple(sorted(cuts))))
+            self.rounds.append(Round(number, tuple(_named(r, m) for m, r in problems), tuple(sorted(cuts))))
             forbidden |= cuts
-        candidates += [r for _, r in results if isinstance(r, Candidate)]
-        refused += [_named(r, m) for m, r in results if isinstance(r, Refused)]
-    dumps = {
-        "clusters.txt": _operators_text(clusters),
-        "micro_graphs.txt": _operators_text([x.micro_graph.operators for x in candidates]),
-    }
-    return Plan(
-        tuple(candidates),
-        tuple(refused),
-        tuple(rounds),
-        dumps | fusion.dumps,
-        fusion.isl_seconds,
-        fusion.codegen_seconds,
-    )
+        self.candidates += [r for _, r in results if isinstance(r, Candidate)]
+        self.refused += [_named(r, m) for m, r in results if isinstance(r, Refused)]
 
 
 def _operators_text(groups: Iterable[tuple[Operator, ...]]) -> str:

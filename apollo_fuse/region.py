@@ -154,20 +154,23 @@ def region_inputs(nodes: Sequence[ir.Node]) -> list[ir.Value]:
 
 
 def swap(model: ir.Model, part: Interface, name: str) -> None:
-    """Replaces the nodes by one node of the fused operator, and attaches its function."""
+    """Replaces the nodes, in whichever graph they lie, by one fused node, and attaches its function."""
     key = (DOMAIN, name, "")
     if key not in model.functions:
         model.functions[key] = function(part, name, model.opset_imports)
+    graph = part.nodes[-1].graph
+    assert isinstance(graph, ir.Graph), "the nodes lie in a graph"
     fused = ir.Node(DOMAIN, name, list(part.inputs), num_outputs=len(part.outputs), name=part.nodes[-1].name)
-    model.graph.insert_after(part.nodes[-1], fused)
-    results = {value: number for number, value in enumerate(model.graph.outputs)}
+    graph.insert_after(part.nodes[-1], fused)
     for old, new in zip(part.outputs, fused.outputs, strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape
         old.name = f"{old.name}_unfused"
         for node, place in tuple(old.uses()):
             node.replace_input_with(place, new)
-        if old in results:
-            model.graph.outputs[results[old]] = new
-    model.graph.remove(part.nodes, safe=True)
+        if old.is_graph_output():  # the body of a Loop may name a result twice
+            for number, value in enumerate(tuple(graph.outputs)):
+                if value is old:
+                    graph.outputs[number] = new
+    graph.remove(part.nodes, safe=True)
     model.opset_imports[DOMAIN] = 1
     model.graph.opset_imports[DOMAIN] = 1

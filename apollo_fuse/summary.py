@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from apollo_fuse import extents
 from apollo_fuse.acceptance import Judgement
+from apollo_fuse.bodies import nodes
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Value
 from apollo_fuse.index import Index, Symbol
@@ -50,7 +51,7 @@ def summarise(
     uses: dict[str, list[Candidate]] = {}
     for candidate in chosen.candidates:
         uses.setdefault(candidate.variant, []).append(candidate)
-    labels = [node.name or f"{node.op_type}_{place}" for place, node in enumerate(model.graph)]
+    labels = [node.name or f"{node.op_type}_{place}" for place, node in enumerate(nodes(model.graph))]
     kept = {x.variant for x in fused}
     return Summary(
         cpu_name(),

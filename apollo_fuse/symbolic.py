@@ -14,11 +14,14 @@ import onnx_ir as ir
 from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceContext, infer_symbolic_shapes, registry
 
 import apollo_fuse.shape_rules  # noqa: F401 (registers its rules)
+from apollo_fuse.bodies import graphs
 from apollo_fuse.dimensions import Dimensions
 from apollo_fuse.dtypes import DType
 from apollo_fuse.graph import Value
 from apollo_fuse.index import Index
+from apollo_fuse.loop_shapes import infer_with_loops
 
+_STATED = "apollo_fuse.stated_shape"  # of a body's output: its shape as the model states it
 _infer_if = registry.get("", "If", 13)
 assert _infer_if is not None
 
@@ -31,6 +34,49 @@ def _infer_if_soundly(context: ShapeInferenceContext, node: ir.Node) -> None:
     for place, output in enumerate(node.outputs):
         if any(branch.outputs[place].shape is None for branch in branches):
             output.shape = None
+
+
+@registry.register("", "Loop", since_version=1)  # type: ignore[untyped-decorator]
+def _infer_loop_soundly(context: ShapeInferenceContext, node: ir.Node) -> None:
+    """Inference for a Loop that may run no iteration, or fewer than it could.
+
+    With none, what it carries has the shape of the initial value, and what it stacks has extents of 0 where
+    the body's type leaves them open.
+    """
+    body = node.attributes["body"].as_graph()
+    carried = len(node.inputs) - 2
+    for place, output in enumerate(node.outputs):
+        made = body.outputs[place + 1]
+        if made.type is not None and not isinstance(made.type, ir.TensorType):
+            context.set_type(output, made.type)
+            continue
+        initial = node.inputs[place + 2] if place < carried else None
+        shape = _either(context, initial, made) if place < carried else _stacked(context, made)
+        context.set_shape_and_dtype(output, shape, made.dtype or (None if initial is None else initial.dtype))
+
+
+def _either(context: ShapeInferenceContext, a: ir.Value | None, b: ir.Value) -> ir.Shape | None:
+    """The shape of what is one value or the other."""
+    if a is None or a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
+        return None
+    pairs = zip(a.shape, b.shape, strict=True)
+    return ir.Shape([x if x == y else context.new_symbolic_dim() for x, y in pairs])
+
+
+def _stacked(context: ShapeInferenceContext, made: ir.Value) -> ir.Shape | None:
+    """The shape of the values of all iterations."""
+    if made.shape is None:
+        return None
+    stated = made.meta.get(_STATED)
+    if stated is None or len(stated) != len(made.shape):
+        stated = [None] * len(made.shape)
+    dims = [dim if isinstance(dim, int) else context.new_symbolic_dim() for dim in stated]
+    return ir.Shape([context.new_symbolic_dim(), *dims])
+
+
+@registry.register("", "Scan", since_version=8)  # type: ignore[untyped-decorator]
+def _infer_no_scan_of_batches(context: ShapeInferenceContext, node: ir.Node) -> None:
+    """The package takes the body of the Scan of opset 8 for one without a batch."""
 
 
 def infer_shapes(model: ir.Model) -> dict[str, str]:
@@ -47,14 +93,21 @@ def infer_shapes(model: ir.Model) -> dict[str, str]:
             )
     outputs = {value: value.shape for value in model.graph.outputs}
     inputs = set(model.graph.inputs)
-    for node in model.graph:
-        for value in node.outputs:
+    every = tuple(graphs(model.graph))
+    for graph in every:
+        for value in graph.outputs:
+            value.meta[_STATED] = value.shape
+        for value in (value for node in graph for value in node.outputs):
             if value not in inputs and value.shape is not None and not value.shape.is_static():
                 value.shape = None
             value.metadata_props.pop(SYM_DATA_KEY, None)  # what a tool left in the file is no inference
-    Dimensions.start(model)
     logging.getLogger("onnx_shape_inference").setLevel(logging.ERROR)
-    infer_symbolic_shapes(model, warn_on_missing=False, adopt_declared_symbols=False)
+
+    def infer() -> None:
+        Dimensions.start(model)  # what was deduced from a wrong guess does not hold
+        infer_symbolic_shapes(model, warn_on_missing=False, adopt_declared_symbols=False)
+
+    infer_with_loops(every, infer)
     for value, shape in outputs.items():
         if value.shape is None:
             value.shape = shape
@@ -62,10 +115,10 @@ def infer_shapes(model: ir.Model) -> dict[str, str]:
 
 
 def values_of(graph: ir.Graph) -> dict[ir.Value, Value]:
-    """The tensors of a graph whose type and rank are known, named ``v0, v1, ...`` in order of definition."""
+    """The tensors of a graph and its bodies whose type and rank are known, by order named ``v0, v1, ...``."""
     dimensions = Dimensions.of(graph)
     result: dict[ir.Value, Value] = {}
-    for number, value in enumerate(_values(graph)):
+    for number, value in enumerate(value for part in graphs(graph) for value in _values(part)):
         dtype = None if value.dtype is None else DType.of_onnx(value.dtype.value)
         shape = dimensions.shape(value.shape)
         if shape is None and value.const_value is not None and not value.const_value.shape:

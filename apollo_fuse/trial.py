@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse import onnx_io
 from apollo_fuse.atomic import replacing
+from apollo_fuse.bodies import nodes
 from apollo_fuse.codegen import c, link
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.measure import session_options
 from apollo_fuse.region import Interface, swap
-from apollo_fuse.tolerance import Array
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
@@ -76,35 +75,11 @@ class Trial:
 
     def _swapped(self, chosen: Sequence[Candidate]) -> ir.Model:
         model = self.clean.clone()
-        positions = dict(enumerate(model.graph))
+        positions = dict(enumerate(nodes(model.graph)))
         for candidate in chosen:
             swap(model, _relocated(candidate, positions), candidate.name)
         model.graph.sort()
         return model
-
-
-def capture(
-    model: ir.Model, wanted: Mapping[str, ir.Value], feeds: Mapping[str, Array], threads: int
-) -> dict[str, Array]:
-    """The values of these tensors, by name, in one run of the model."""
-    inputs = {v.name for v in model.graph.inputs}
-    proto = ir.to_proto(model)
-    del proto.graph.output[:]
-    names = [name for name in wanted if name not in inputs]
-    for name in names:
-        value = wanted[name]
-        entry = proto.graph.output.add()
-        entry.name = name
-        if value.dtype is not None:
-            entry.type.tensor_type.elem_type = value.dtype.value
-    captured = {name: np.asarray(feeds[name]) for name in wanted if name in inputs}
-    if names:
-        settings = onnx_io.beside_weights(session_options(threads), model)
-        session = ort.InferenceSession(
-            proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
-        )
-        captured |= dict(zip(names, session.run(names, dict(feeds)), strict=True))
-    return captured
 
 
 def _relocated(candidate: Candidate, positions: Mapping[int, ir.Node]) -> Interface:

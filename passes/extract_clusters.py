@@ -58,14 +58,15 @@ def operands(node: ir.Node) -> set[ir.Value]:
     found = {value for value in node.inputs if value is not None}
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            found |= _captured(attribute.as_graph())
+            found |= captured(attribute.as_graph())
         elif attribute.type == ir.AttributeType.GRAPHS:
             for body in attribute.as_graphs():
-                found |= _captured(body)
+                found |= captured(body)
     return found
 
 
-def _captured(body: ir.Graph) -> set[ir.Value]:
+def captured(body: ir.Graph) -> set[ir.Value]:
+    """The values of the graphs around it that a body needs."""
     own = {value for node in body for value in node.outputs} | set(body.inputs)
     needed = {value for node in body for value in operands(node)} | set(body.outputs)
     return needed - own - set(body.initializers.values())

@@ -22,15 +22,20 @@ RULE = "open_compound_ops"
 
 @dataclass(frozen=True, slots=True)
 class OpenCompoundOps:
-    """From a graph with known shapes to its nodes in topological order, each opened or refused."""
+    """From a graph with known shapes to its nodes in topological order, each opened or refused.
+
+    `first` is the position in the model of the graph's first node.
+    """
 
     opset: int
 
-    def __call__(self, graph: ir.Graph, values: Mapping[ir.Value, Value]) -> tuple[Operator | Refused, ...]:
+    def __call__(
+        self, graph: ir.Graph, values: Mapping[ir.Value, Value], first: int = 0
+    ) -> tuple[Operator | Refused, ...]:
         names = itertools.count()
         shapes = dict(values)
         result: list[Operator | Refused] = []
-        for position, node in enumerate(graph):
+        for position, node in enumerate(graph, first):
             opened = self._open(position, node, shapes, names)
             if isinstance(opened, Operator):
                 # what a description proves about its results is at least what inference knew

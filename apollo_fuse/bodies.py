@@ -1,0 +1,54 @@
+"""Graphs inside graphs: the bodies of If, Loop and Scan, which are fused like the graph around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+_ATTRIBUTES = {"If": ("then_branch", "else_branch"), "Loop": ("body",), "Scan": ("body",)}
+
+
+def bodies(node: ir.Node) -> tuple[ir.Graph, ...]:
+    """The graphs that a node of ONNX's control flow runs.
+
+    Bodies of other operators (a beam search) are left out, since what they are fed is not known. So is that
+    of the Scan of opset 8, which has an input more than its body and feeds it a batch.
+    """
+    if node.domain or node.op_type not in _ATTRIBUTES:
+        return ()
+    found = tuple(node.attributes[name].as_graph() for name in _ATTRIBUTES[node.op_type])
+    return found if node.op_type != "Scan" or len(found[0].inputs) == len(node.inputs) else ()
+
+
+def graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """The graph and the bodies in it, each before those that lie in it."""
+    yield graph
+    for node in graph:
+        for body in bodies(node):
+            yield from graphs(body)
+
+
+def nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The nodes of the graph and of the bodies in it; a node's place here is its position in the model."""
+    for part in graphs(graph):
+        yield from part
+
+
+def make_names_unique(graph: ir.Graph) -> None:
+    """Renames values of bodies so that a name says which value of the model is meant.
+
+    ONNX lets the two branches of an If use the same names.
+    """
+    taken: set[str] = set()
+    for part in graphs(graph):
+        own = [*part.inputs, *part.initializers.values(), *(v for node in part for v in node.outputs)]
+        for value in dict.fromkeys(own):
+            if not value.name:  # an output that is left out
+                continue
+            name, number = value.name, 1
+            while name in taken:
+                name, number = f"{value.name}_{number}", number + 1
+            taken.add(name)
+            if name != value.name:
+                value.name = name
