@@ -181,7 +181,7 @@ class _Compilation:
             captures = capture(trial.clean, needed_values(distinct.values()), feeds, self.threads)
             self._note_shapes(chosen, captures.arrays)
             for problem in dict.fromkeys(captures.problems.values()):
-                self.warnings.append(f"{problem}; nothing of it is fused")
+                self.warnings.append(f"{problem}; kernels that read its values are left out")
             opsets = dict(model.opset_imports)
             for variant, candidate in distinct.items():
                 judgement = judge(candidate, opsets, captures, library, self.options, self.threads)

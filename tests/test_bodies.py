@@ -78,10 +78,11 @@ def test_both_branches_are_fused_whichever_runs(fuse: Fuse) -> None:
 # -- Loop ---------------------------------------------------------------------------------------------
 
 LOOP = text_model(
-    "g (float[N, 64] x, int64 n, bool c) => (float[N, 64] y, float[T, N, 64] all) { "
+    "g (float[N, 64] x, int64 n, bool c) => (float[N, 64] y, float[T, N, 64] o) { "
     "y, all = Loop (n, c, x) <body = b (int64 i, bool go, float[N, 64] s) => "
     "(bool more, float[N, 64] r, float[N, 64] q) "
-    "{ more = Identity(go) a = Mul(s, x) d = Tanh(a) r = Add(d, s) e = Exp(d) q = Sub(e, x) }> }"
+    "{ more = Identity(go) a = Mul(s, x) d = Tanh(a) r = Add(d, s) e = Exp(d) q = Sub(e, x) }> "
+    "p = Abs(all) o = Mul(p, all) }"
 )
 
 
@@ -147,7 +148,8 @@ def test_a_scan_sees_the_slices_it_saw(fuse: Fuse, axis: int, backwards: int) ->
             f"g (float[{sizes}] x, float[N, 64] s0) => (float[N, 64] y, float[{sizes}] all) {{ "
             f"y, all = Scan <num_scan_inputs = 1, scan_input_axes = [{axis}], scan_output_axes = [{axis}], "
             f"scan_input_directions = [{backwards}], body = b (float[N, 64] s, float[N, 64] e) => "
-            "(float[N, 64] r, float[N, 64] q) { t = Mul(s, e) u = Tanh(t) r = Add(u, e) q = Exp(u) }> (s0, x) }"
+            "(float[N, 64] r, float[N, 64] q) "
+            "{ t = Mul(s, e) u = Tanh(t) r = Add(u, e) q = Exp(u) }> (s0, x) }"
         ),
         x=(4, 5, 64) if axis == 0 else (5, 4, 64),
         s0=(5, 64),
@@ -207,14 +209,15 @@ ODD = {
     ),
     "results that nothing uses": text_model(
         f"g ({IN}) => (float[N, 64] y) {{ y, unused = If (c) <"
-        "then_branch = a () => (float[N, 64] r, float[N, 64] q) { t = Mul(x, x) r = Tanh(t) q = Exp(r) u = Neg(q) }, "
+        "then_branch = a () => (float[N, 64] r, float[N, 64] q) "
+        "{ t = Mul(x, x) r = Tanh(t) q = Exp(r) u = Neg(q) }, "
         "else_branch = b () => (float[N, 64] r, float[N, 64] q) { q = Neg(x) r = Abs(q) }> }"
     ),
     "optional inputs and outputs": text_model(
         f"g ({IN}, float top) => (float[N, 1] y) {{ y = If (c) <"
         "then_branch = a () => (float[N, 1] r) { t = Clip(x, , top) u = Exp(t) r, i = TopK(u, one) }, "
-        "else_branch = b () => (float[N, 1] r) { t = Mul(x, x) u = Clip(t, top) v = Neg(u) w, , j = LayerNormalization(v, h) k, i = TopK(w, one) "
-        "r = Mul(k, j) }> }",
+        "else_branch = b () => (float[N, 1] r) { t = Mul(x, x) u = Clip(t, top) v = Neg(u) "
+        "w, , j = LayerNormalization(v, h) k, i = TopK(w, one) r = Mul(k, j) }> }",
         one=np.array([1]),
         h=normal(64),
     ),
@@ -232,8 +235,9 @@ ODD = {
     "a loop over a sequence": text_model(
         "g (float[N, 64] x, int64 n, bool c) => (float[M, 64] y) { s0 = SequenceConstruct(x) "
         "s = Loop (n, c, s0) <body = b (int64 i, bool go, seq(float[N, 64]) s) => "
-        "(bool more, seq(float[N, 64]) r) { more = Identity(go) a = SequenceAt(s, i) d = Mul(a, x) e = Tanh(d) "
-        "r = SequenceInsert(s, e) }> y = ConcatFromSequence <axis = 0> (s) }"
+        "(bool more, seq(float[N, 64]) r) "
+        "{ more = Identity(go) a = SequenceAt(s, i) d = Mul(a, x) e = Tanh(d) r = SequenceInsert(s, e) }> "
+        "y = ConcatFromSequence <axis = 0> (s) }"
     ),
     "weights in the branches": text_model(
         f"g ({IN}) => (float[N, 64] y) {{ y = If (c) <"

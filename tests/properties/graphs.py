@@ -60,10 +60,11 @@ class Writer:
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A model with the shapes of its inputs."""
+    """A model with the shapes of its inputs; `feeds` are those that random numbers will not do for."""
 
     proto: onnx.ModelProto
     shapes: dict[str, Shape]
+    feeds: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"inputs {self.shapes} of\n{onnx.printer.to_text(self.proto.graph)}"
@@ -82,6 +83,88 @@ def models(draw: st.DrawFn, most_nodes: int = 10) -> RandomModel:
     assume(made)
     others = draw(st.lists(st.sampled_from(made), max_size=2))
     return RandomModel(writer.model(list(dict.fromkeys([made[-1], *others]))), writer.inputs)
+
+
+@st.composite
+def models_with_bodies(draw: st.DrawFn, most_nodes: int = 10) -> RandomModel:
+    """A random graph whose last nodes lie in a branch of an If, or in the body of a Loop or a Scan."""
+    model = draw(models(most_nodes))
+    put = draw(st.sampled_from((_in_branch, _in_loop, _in_scan)))
+    first = draw(st.integers(0, len(model.proto.graph.node) - 1))
+    return put(model, first, draw(st.integers(0, 3)))
+
+
+def _in_branch(model: RandomModel, first: int, number: int) -> RandomModel:
+    body = _body(model, first, {})
+    other = [helper.make_node("Neg", ["x0"], [f"neg{n}"]) for n in range(len(body.output))]
+    results = [onnx.ValueInfoProto(name=node.output[0]) for node in other]
+    branches = {"then_branch": body, "else_branch": helper.make_graph(other, "other", [], results)}
+    node = helper.make_node("If", ["c"], _results(model), **branches)
+    condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    return _around(model, first, node, [condition], {"c": np.array(number > 0)})
+
+
+def _in_loop(model: RandomModel, first: int, number: int) -> RandomModel:
+    """The body reads what the Loop carries where it read the first input, and halves it."""
+    body = _body(model, first, {"x0": "carried"})
+    body.node.append(helper.make_node("Mean", ["carried", "x0"], ["next"]))
+    body.node.append(helper.make_node("Identity", ["go_on"], ["more"]))
+    body.input.extend(
+        helper.make_tensor_value_info(name, kind, [])
+        for name, kind in (("step", TensorProto.INT64), ("go_on", TensorProto.BOOL))
+    )
+    body.input.append(onnx.ValueInfoProto(name="carried"))
+    results = [onnx.ValueInfoProto(name=name) for name in ("more", "next")]
+    results += list(body.output)
+    del body.output[:]
+    body.output.extend(results)
+    node = helper.make_node("Loop", ["count", "", "x0"], ["last", *_results(model)], body=body)
+    count = helper.make_tensor_value_info("count", TensorProto.INT64, [])
+    return _around(model, first, node, [count], {"count": np.array(number)})
+
+
+def _in_scan(model: RandomModel, first: int, number: int) -> RandomModel:
+    """The body reads one slice where it read the first input."""
+    body = _body(model, first, {"x0": "slice"})
+    body.input.append(onnx.ValueInfoProto(name="slice"))
+    node = helper.make_node("Scan", ["slices"], _results(model), num_scan_inputs=1, body=body)
+    extents = [d.dim_param or d.dim_value for d in model.proto.graph.input[0].type.tensor_type.shape.dim]
+    slices = helper.make_tensor_value_info("slices", TensorProto.FLOAT, ["steps", *extents])
+    wrapped = _around(model, first, node, [slices], {})
+    wrapped.shapes["slices"] = (number + 1, *model.shapes["x0"])
+    return wrapped
+
+
+def _results(model: RandomModel) -> list[str]:
+    return [f"result{n}" for n in range(len(model.proto.graph.output))]
+
+
+def _body(model: RandomModel, first: int, names: dict[str, str]) -> onnx.GraphProto:
+    """The nodes from the `first` on as a graph without inputs, in which `names` have other ones."""
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.proto.graph.node[first:]]
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    outputs = [value.name for value in model.proto.graph.output]
+    made = [f"out{n}" for n in range(len(outputs))]
+    nodes += [helper.make_node("Identity", [a], [b]) for a, b in zip(outputs, made, strict=True)]
+    return helper.make_graph(nodes, "body", [], [onnx.ValueInfoProto(name=name) for name in made])
+
+
+def _around(
+    model: RandomModel,
+    first: int,
+    node: onnx.NodeProto,
+    inputs: list[onnx.ValueInfoProto],
+    feeds: dict[str, np.ndarray],
+) -> RandomModel:
+    """The model with this node in place of those from the `first` on."""
+    proto = onnx.ModelProto.FromString(model.proto.SerializeToString())
+    del proto.graph.node[first:]
+    proto.graph.node.append(node)
+    proto.graph.input.extend(inputs)
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in _results(model))
+    return RandomModel(proto, dict(model.shapes), feeds)
 
 
 def _any(draw: st.DrawFn, writer: Writer) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, note, settings
 
 from apollo_fuse.tolerance import compare
 from tests.fusing import fuse_to_session
-from tests.properties.graphs import RandomModel, models
+from tests.properties.graphs import RandomModel, models, models_with_bodies
 
 
 def check(model: RandomModel, cache: Path) -> None:
@@ -20,6 +20,7 @@ def check(model: RandomModel, cache: Path) -> None:
         fused = fuse_to_session(model.proto, Path(folder), cache, shapes=model.shapes)
         random = np.random.default_rng(1)
         feeds = {name: random.standard_normal(s).astype(np.float32) for name, s in model.shapes.items()}
+        feeds |= model.feeds
         results = fused.run({v.name: feeds[v.name] for v in fused.original.get_inputs()})
     for name, (expected, found) in results.items():
         assert not compare(name, expected, found).problem
@@ -31,8 +32,21 @@ def test_a_random_graph_computes_what_it_did(cache: Path, model: RandomModel) ->
     check(model, cache)
 
 
+@settings(max_examples=20)
+@given(models_with_bodies())
+def test_a_random_graph_with_a_body_computes_what_it_did(cache: Path, model: RandomModel) -> None:
+    check(model, cache)
+
+
 @pytest.mark.slow
 @settings(max_examples=400)
 @given(models(most_nodes=25))
 def test_many_larger_random_graphs_compute_what_they_did(cache: Path, model: RandomModel) -> None:
+    check(model, cache)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(models_with_bodies(most_nodes=25))
+def test_many_larger_random_graphs_with_bodies_compute_what_they_did(cache: Path, model: RandomModel) -> None:
     check(model, cache)
