@@ -62,18 +62,28 @@ def fuse_to_session(
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
+    given: Mapping[str, Array] | None = None,
 ) -> Fused:
     """Fuses `model` unconditionally in `folder`; compiled kernels are kept in `cache`.
 
-    `shapes` are the input shapes to verify with. Raises VerificationError where a kernel computes
-    something else on random inputs. The functions are taken out of the fused model, so that
-    nothing but kernels can run in their place.
+    `shapes` are the input shapes to verify with, `given` whole inputs. Raises VerificationError
+    where a kernel computes something else on random inputs. The functions are taken out of the fused
+    model, so that nothing but kernels can run in their place.
     """
     path, output = folder / "model.onnx", folder / "fused.onnx"
     onnx.save(model, path)
-    given = tuple(InputShape(name, tuple(dims)) for name, dims in (shapes or {}).items())
+    sizes = tuple(InputShape(name, tuple(dims)) for name, dims in (shapes or {}).items())
+    if given:
+        np.savez(folder / "given.npz", **given)  # type: ignore[arg-type]
     options = Options(
-        shapes=given, measure=False, strict=True, fuse_all=True, cache_dir=cache, threads=2, seed=seed
+        shapes=sizes,
+        inputs=folder / "given.npz" if given else None,
+        measure=False,
+        strict=True,
+        fuse_all=True,
+        cache_dir=cache,
+        threads=2,
+        seed=seed,
     )
     report = fuse(path, output, options)
     fused = onnx.load(output)

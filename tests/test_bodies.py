@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+import models
 from apollo_fuse.tolerance import compare
 from tests.fusing import Fused, fuse_to_session, nodes_of
 from tests.test_end_to_end import normal, text_model
@@ -284,3 +285,22 @@ def test_an_if_in_a_function_of_the_model_is_fused(fuse: Fuse) -> None:
     fused = fuse(model)
     assert fused.unfused_nodes == ("If",)
     assert_same(fused, {"x": X, "c": YES}, {"x": X, "c": NO})
+
+
+# -- a model that people use --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["silero_vad", "silero_vad_op15", "silero_vad_sequence"])
+def test_silero_computes_what_it_did_at_both_rates(name: str, cache: Path, tmp_path: Path) -> None:
+    """The network of silero_vad lies in branches of an If, one for each rate, with more of them inside."""
+    model = models.load(name)
+    entry = models.REAL[name]
+    feeds = models.feeds_of(entry, model)
+    given = {key: feeds[key] for key in entry.values}
+    fused = fuse_to_session(model, tmp_path, cache, shapes=entry.shapes, given=given)
+    assert kernels(fused)
+    cases = [feeds]
+    if "sr" in feeds and name == "silero_vad":
+        cases.append(feeds | {"input": feeds["input"][:, :288], "sr": np.array(8000)})
+    assert_same(fused, *cases)
