@@ -161,6 +161,22 @@ def test_a_scan_sees_the_slices_it_saw(fuse: Fuse, axis: int, backwards: int) ->
     assert_same(fused, first, other)
 
 
+def test_the_body_of_a_scan_over_batches_is_left_alone(fuse: Fuse) -> None:
+    fused = fuse(
+        text_model(
+            "g (float[B, T, 64] x, float[B, 64] x0) => (float[B, 64] y, float[B, T, 64] all) { "
+            "h = Tanh(x) k = Neg(h) y0, all0 = Scan <num_scan_inputs = 1, "
+            "body = b (float[64] s, float[64] e) => (float[64] r, float[64] q) "
+            "{ t = Mul(s, e) r = Add(t, e) q = Exp(r) }> ( , x0, k) y = Neg(y0) all = Abs(all0) }",
+            opset=8,
+        ),
+        x=(2, 3, 64),
+        x0=(2, 64),
+    )
+    assert len(kernels(fused)) == 1 and "Mul" in fused.unfused_nodes
+    assert_same(fused, {"x": normal(2, 3, 64), "x0": normal(2, 64)})
+
+
 # -- bodies in bodies ---------------------------------------------------------------------------------
 
 NESTED = text_model(
