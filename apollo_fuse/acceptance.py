@@ -26,6 +26,7 @@ from apollo_fuse.tolerance import Array
 from apollo_fuse.verify import NOTHING, Verdict, coarsest, edge_case, failed, verify
 
 _CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
+_PASS_NAN_ON_AT_TIMES = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"})
 WINS = 0.97  # share of the unfused time that a kernel has to stay below
 
 
@@ -90,9 +91,9 @@ def judge(
         return Judgement(verdict, None, None, f"does not verify: {verdict.problem}")
     sparse = candidate.micro_graph.pattern >= Pattern.REDUCTION
     # what integer NaN or inf becomes is open in ONNX, and in onnxruntime varies with its vector loops;
-    # so does whether the greatest of a window passes a NaN on
+    # so does whether the greatest of many numbers passes a NaN on
     finite = any(_makes_integers(p.block) for p in candidate.micro_graph.primitives) or any(
-        o.op_type == "MaxPool" for o in candidate.micro_graph.operators
+        o.op_type in _PASS_NAN_ON_AT_TIMES for o in candidate.micro_graph.operators
     )
     special = edge_case(feeds, options.seed, sparse=sparse, finite=finite)
     edges = verify(alone.unfused, alone.fused, [special], precision)

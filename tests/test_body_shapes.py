@@ -19,7 +19,7 @@ Shapes = dict[str, list[int | str] | None]
 def shapes_in(model: onnx.ModelProto, folder: Path) -> Shapes:
     """The shapes of all values by name; extents that inference made up for lack of knowledge as "?"."""
     onnx.save(model, folder / "model.onnx")
-    clean = onnx_io.load_clean(folder / "model.onnx")
+    clean = onnx_io.load_clean(folder / "model.onnx", folder)
     infer_shapes(clean)
     found: Shapes = {}
     for graph in graphs(clean.graph):
@@ -133,7 +133,7 @@ def test_names_are_given_once(tmp_path: Path) -> None:
         f"{branch.replace('Tanh', 'Exp')}> y = Add(z, r_1) }}"
     )
     onnx.save(model, tmp_path / "model.onnx")
-    clean = onnx_io.load_clean(tmp_path / "model.onnx")
+    clean = onnx_io.load_clean(tmp_path / "model.onnx", tmp_path)
     names = [v.name for graph in graphs(clean.graph) for node in graph for v in node.outputs]
     assert len(names) == len(set(names)) == 7
     assert {"y", "r_1"} <= set(names)

@@ -20,7 +20,7 @@ Feeds = Mapping[str, np.ndarray]
 
 def captured(model: onnx.ModelProto, names: list[str], feeds: Feeds, folder: Path) -> Captures:
     onnx.save(model, folder / "model.onnx")
-    clean = onnx_io.load_clean(folder / "model.onnx")
+    clean = onnx_io.load_clean(folder / "model.onnx", folder)
     known = {v.name for graph in graphs(clean.graph) for node in graph for v in node.outputs}
     assert known.issuperset(names)
     return capture(clean, names, feeds, 1)

@@ -230,7 +230,7 @@ def shapes_of(model: onnx.ModelProto, folder: Path) -> Mapping[str, str]:
     """The shape of every output, as it was inferred."""
     path = folder / "model.onnx"
     onnx.save(model, path)
-    clean = onnx_io.load_clean(path)
+    clean = onnx_io.load_clean(path, path.parent)
     infer_shapes(clean)
     known = values_of(clean.graph)
     return {
