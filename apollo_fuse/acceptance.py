@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse import onnx_io
+from apollo_fuse.blocked import DOMAIN
 from apollo_fuse.capture import Captures
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.expressions import Apply, Block, Op
@@ -50,10 +51,20 @@ def context(candidate: Candidate) -> tuple[ir.Node, ...]:
     before = {v.producer() for v in candidate.part.inputs}
     after = {user for v in candidate.part.outputs for user, _ in v.uses()}
     graph = candidate.part.nodes[0].graph
-    around = {n for n in before | after if n is not None and n.op_type in _CONTEXT and n.graph is graph} - own
+    around = {n for n in before | after if n is not None and _in_context(n) and n.graph is graph} - own
     wanted = own | around
     assert isinstance(graph, ir.Graph)
     return tuple(node for node in graph if node in wanted)
+
+
+def in_context(candidate: Candidate) -> bool:
+    """Whether the kernel lies beside convolutions that onnxruntime may want in a layout of its own."""
+    return len(context(candidate)) > len(candidate.part.nodes)
+
+
+def _in_context(node: ir.Node) -> bool:
+    """Tensors beside what is in onnxruntime's blocked layout by name are in it for good."""
+    return node.op_type in _CONTEXT and node.domain != DOMAIN
 
 
 def needed_values(candidates: Iterable[Candidate]) -> list[str]:

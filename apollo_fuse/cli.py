@@ -18,7 +18,7 @@ from apollo_fuse._version import __version__
 from apollo_fuse.atomic import require_writable, write_text
 from apollo_fuse.cpu import NATIVE, CpuTargets
 from apollo_fuse.errors import ApolloFuseError, OutputError, UsageError
-from apollo_fuse.options import TARGETS, InputShape, Options, default_cache_dir
+from apollo_fuse.options import LAYOUTS, TARGETS, InputShape, Options, default_cache_dir
 from apollo_fuse.progress import SilentProgress, TerminalProgress
 from apollo_fuse.render import render_compile_seconds, render_explanation, render_summary
 from apollo_fuse.report import Report
@@ -127,6 +127,14 @@ def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTar
     help="The processors that the library is for: this machine's, x86-64, x86-64-v2, x86-64-v3 and x86-64-v4 "
     "in one, or aarch64.",
 )
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="portable",
+    show_default=True,
+    help="portable runs anywhere; ort keeps onnxruntime's layout of convolutions, for machines like this one "
+    "alone; auto takes what is faster.",
+)
 @click.option("--explain", is_flag=True, help="Print each kernel and each refusal, with their figures.")
 @click.option(
     "--json",
@@ -165,6 +173,7 @@ def main(
     inputs: Path | None,
     target: str,
     cpu: CpuTargets,
+    layout: str,
     explain: bool,
     json_file: Path | None,
     dump: Path | None,
@@ -189,6 +198,7 @@ def main(
         inputs=inputs,
         target=target,
         cpu=cpu,
+        layout=layout,
         measure=not no_measure,
         strict=strict,
         cache_dir=cache_dir or default_cache_dir(),

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse import onnx_io
-from apollo_fuse.acceptance import Judgement, judge, needed_values
+from apollo_fuse.acceptance import Judgement, in_context, judge, needed_values
 from apollo_fuse.atomic import require_writable
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
@@ -23,13 +23,14 @@ from apollo_fuse.errors import NoFeedsError, VerificationError
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Value
+from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan, plan
 from apollo_fuse.progress import Progress, SilentProgress
-from apollo_fuse.report import CompileSeconds, LatencyReport, Report, VerificationReport
+from apollo_fuse.report import CompileSeconds, LatencyReport, LayoutReport, Report, VerificationReport
 from apollo_fuse.settle import Settle, Settled
+from apollo_fuse.settle_layout import Attempt, faster_layout, layouts
 from apollo_fuse.summary import Summary, solve, summarise
-from apollo_fuse.symbolic import infer_shapes
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial, default_threads, open_session
 from apollo_fuse.verify import NOTHING
@@ -44,8 +45,9 @@ def fuse(
     """Fuses the model at `model`, and writes the result to `output` and its library beside that.
 
     `output` defaults to the model's path with the suffix ``.fused.onnx``. Where nothing wins, the model
-    is written unchanged and the report's `library` is None. Raises an ApolloFuseError for whatever is
-    wrong with the model, the options, the compiler or the output; nothing is left half-written.
+    is written unchanged and the report's `library` is None, as it is where a layout alone wins. Raises an
+    ApolloFuseError for whatever is wrong with the model, the options, the compiler or the output; nothing
+    is left half-written.
     """
     path = Path(model)
     target = path.with_suffix(".fused.onnx") if output is None else Path(output)
@@ -81,43 +83,71 @@ class _Compilation:
             require_writable(self.output)
             onnx_io.check_output(self.path, self.output)
         with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
-            self.progress.stage("partition", None)
-            with self._timed("load"):
-                clean = onnx_io.load_clean(self.path, Path(folder))
-                model = clean.clone()
-                defaults = onnx_io.take_defaults(model)
-            with self._timed("shapes"):
-                infer_shapes(model)
-            with self._timed("partition"):
-                chosen = plan(model, self.options)
-            self._dump(chosen)
+            plans = [self._partition(layout, Path(folder)) for layout in layouts(self.options)]
             with self._timed("inputs"):
                 original = open_session(self.path, self.threads)
                 feeds = self._feeds(original)
-            if feeds is None:
-                chosen = replace(chosen, candidates=())
-            settled = Settled((), LatencyReport(threads=self.threads), NOTHING, {})
-            trial: Trial | None = None
-            if chosen.candidates and feeds is not None:
-                trial = self._compile(chosen, clean, Path(folder))
-                judgements = self._judge(model, chosen, trial, defaults | feeds)
-                settled = self._settle(chosen, trial, original, feeds, judgements)
+            attempts = [self._attempt(planned, original, feeds, Path(folder)) for planned in plans]
+            taken = attempts[0]
+            tried: tuple[LayoutReport, ...] = ()
+            if feeds is not None and len(attempts) > 1:
+                self.progress.stage("measure", None)
+                with self._timed("measure"):
+                    taken, tried = faster_layout(attempts, original, feeds)
             del original  # holds all weights once more
-            library = self.output.with_suffix(".so")
-            if settled.kept and trial is not None:
-                builds = self._builds(settled.kept, trial.build)
-                with self._timed("write"):
-                    trial.write(settled.kept, self.output, builds)
-            else:
-                with self._timed("write"):
-                    onnx_io.write_unchanged(self.path, self.output)
-                    link.remove_library(library)
             with self._timed("write"):
-                summary = self._summary(model, chosen, settled)
+                library = self._write(taken)
+                summary = self._summary(taken)
         self.seconds["total"] = perf_counter() - start
-        return self._report(summary, chosen, settled, library if settled.kept else None)
+        return self._report(summary, taken, tried, library)
 
     # -- rungs ------------------------------------------------------------------------------
+
+    def _partition(self, layout: Layout, folder: Path) -> tuple[Layout, Cut, Plan]:
+        self.progress.stage("partition", None)
+        with self._timed("load"):
+            clean = load_clean_at(self.path, layout, folder)
+        with self._timed("shapes"):
+            start = cut(clean, layout)
+        with self._timed("partition"):
+            chosen = plan(start.model, self.options, layout)
+            chosen = replace(chosen, refused=(*start.refused, *chosen.refused))
+        self._dump(chosen, layout)
+        return layout, start, chosen
+
+    def _attempt(
+        self,
+        planned: tuple[Layout, Cut, Plan],
+        original: ort.InferenceSession,
+        feeds: dict[str, Array] | None,
+        folder: Path,
+    ) -> Attempt:
+        """The kernels of one plan, compiled and judged; none where no inputs verify them."""
+        layout, start, chosen = planned
+        if feeds is None or not (chosen.candidates or layout is Layout.ORT):
+            nothing = Settled((), LatencyReport(threads=self.threads), NOTHING, {})
+            return Attempt(layout, start.model, replace(chosen, candidates=()), None, nothing)
+        place = folder / layout
+        place.mkdir()
+        trial = self._compile(chosen, start.clean, place)
+        every = {**start.defaults, **feeds}
+        judgements = self._judge(start.model, chosen, trial, every) if chosen.candidates else {}
+        settled = self._settle(chosen, trial, original, feeds, judgements, layout)
+        return Attempt(layout, start.model, chosen, trial, settled)
+
+    def _write(self, taken: Attempt) -> Path | None:
+        """The written model's library, or None where it has none."""
+        library = self.output.with_suffix(".so")
+        kept, trial = taken.settled.kept, taken.trial
+        if kept and trial is not None:
+            trial.write(kept, self.output, self._builds(kept, trial.build))
+            return library
+        if taken.settled.laid_out and trial is not None:
+            trial.write_laid_out(self.output)
+        else:
+            onnx_io.write_unchanged(self.path, self.output)
+        link.remove_library(library)
+        return None
 
     def _feeds(self, original: ort.InferenceSession) -> dict[str, Array] | None:
         """Inputs to verify and measure with, or None where there are none and nothing can be verified."""
@@ -198,6 +228,7 @@ class _Compilation:
         original: ort.InferenceSession,
         feeds: Mapping[str, Array],
         judgements: dict[str, Judgement],
+        layout: Layout,
     ) -> Settled:
         settle = Settle(trial, original, feeds, self.given, self.options.seed, self._complain, judgements)
         accepted = [x for x in chosen.candidates if judgements[x.variant].accepted]
@@ -209,7 +240,12 @@ class _Compilation:
             self.progress.stage("measure", None)
             with self._timed("measure"):
                 kept, latency = settle.fastest(kept)
-        return Settled(kept, latency, verdict, settle.judgements)
+        if not kept and self.options.measure and layout is Layout.ORT:
+            with self._timed("measure"):
+                alone = settle.as_laid_out()
+            if alone is not None:
+                return Settled((), *alone, settle.judgements, laid_out=True)
+        return Settled(kept, latency, verdict, settle.judgements, layout is Layout.ORT and bool(kept))
 
     # -- parts ------------------------------------------------------------------------------
 
@@ -219,11 +255,12 @@ class _Compilation:
                 if own.name is not None and own.name in arrays:
                     self.shapes.append((value, arrays[own.name].shape))
 
-    def _dump(self, chosen: Plan) -> None:
+    def _dump(self, chosen: Plan, layout: Layout) -> None:
         if self.options.dump is not None:
-            self.options.dump.mkdir(parents=True, exist_ok=True)
+            folder = self.options.dump / layout if self.options.layout == "auto" else self.options.dump
+            folder.mkdir(parents=True, exist_ok=True)
             for name, text in chosen.dumps.items():
-                (self.options.dump / name).write_text(text)
+                (folder / name).write_text(text)
 
     def _complain(self, problem: str) -> None:
         if self.options.strict:
@@ -235,12 +272,16 @@ class _Compilation:
     def _timed(self, stage: str) -> _Stopwatch:
         return _Stopwatch(self.seconds, stage)
 
-    def _summary(self, model: ir.Model, chosen: Plan, settled: Settled) -> Summary:
+    def _summary(self, taken: Attempt) -> Summary:
+        chosen, settled = taken.chosen, taken.settled
         return summarise(
-            self.path, self.output, model, chosen, settled.judgements, settled.kept, solve(self.shapes)
+            self.path, self.output, taken.model, chosen, settled.judgements, settled.kept, solve(self.shapes)
         )
 
-    def _report(self, summary: Summary, chosen: Plan, settled: Settled, library: Path | None) -> Report:
+    def _report(
+        self, summary: Summary, taken: Attempt, tried: tuple[LayoutReport, ...], library: Path | None
+    ) -> Report:
+        chosen, settled = taken.chosen, taken.settled
         verdict = settled.verdict
         return Report(
             model=self.path,
@@ -262,6 +303,10 @@ class _Compilation:
                 verdict.passed, verdict.cases, verdict.max_abs_error, verdict.max_rel_error
             ),
             latency=settled.latency,
+            layout=taken.layout,
+            made_for=made_for_text(taken.model) if settled.laid_out else None,
+            layouts=tried,
+            beside_convolutions=sum(in_context(x) for x in chosen.candidates),
             compile_seconds=self._compile_seconds(chosen),
             warnings=tuple(self.warnings),
         )

@@ -1,4 +1,4 @@
-"""Reads models, cleans them with onnxruntime's basic optimisations, and writes the results.
+"""Reads models, cleans them with onnxruntime's optimisations, and writes the results.
 
 Weights are never held in memory: those of a clean model lie in one file of a working folder, which tensors
 map and trial sessions read, until the result is written.
@@ -30,9 +30,14 @@ _NOT_WRITTEN = "Protobuf serialization failed"
 _OVERRIDABLE_SINCE = 4  # the IR version from which an initialiser that is an input is a default value only
 
 
-def load_clean(path: Path, folder: Path) -> ir.Model:
+def load_clean(
+    path: Path,
+    folder: Path,
+    level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+) -> ir.Model:
     """The model after constant folding, common sub-expressions, dead nodes and inlining of functions.
 
+    At a higher `level` than the basic one, with onnxruntime's own fusions and layouts too.
     Its weights lie in a new file in `folder`, which has to stay while the model is used.
     No name means two values, bodies of If, Loop and Scan included.
 
@@ -45,7 +50,7 @@ def load_clean(path: Path, folder: Path) -> ir.Model:
     target = place / "clean.onnx"
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.graph_optimization_level = level
     options.optimized_model_filepath = str(target)
     entries = {
         "session.optimized_model_external_initializers_file_name": _WEIGHTS,

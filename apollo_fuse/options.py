@@ -14,6 +14,7 @@ from apollo_fuse.cpu import CpuTargets
 from apollo_fuse.errors import UsageError
 
 TARGETS = ("auto", "cpu")
+LAYOUTS = ("portable", "ort", "auto")
 
 
 def default_cache_dir() -> Path:
@@ -71,6 +72,8 @@ class Options:
     inputs: a `.npz` file with arrays for inputs by name, to measure and verify with; others are made up.
     target: `cpu`, or `auto` for what the machine has.
     cpu: the processors that the library is made for; the machine's own unless others are named.
+    layout: `portable` for a model that runs anywhere; `ort` for one in onnxruntime's own layout, which runs
+        on machines like this one alone; `auto` for the faster one of both.
     measure: decide what is kept by measuring on this machine; False decides by the cost model alone.
     strict: a kernel that fails verification is an error, instead of being dropped with a warning.
     cache_dir: where compiled kernels are kept between runs.
@@ -89,6 +92,7 @@ class Options:
     inputs: Path | None = None
     target: str = "auto"
     cpu: CpuTargets = field(default_factory=CpuTargets.native)
+    layout: str = "portable"
     measure: bool = True
     strict: bool = False
     cache_dir: Path = field(default_factory=default_cache_dir)
@@ -105,6 +109,15 @@ class Options:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UsageError(f"the target is {self.target!r}; expected one of {', '.join(TARGETS)}")
+        if self.layout not in LAYOUTS:
+            raise UsageError(f"the layout is {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
+        if self.layout != "portable" and self.cpu != CpuTargets.native():
+            raise UsageError(
+                f"the layout {self.layout} is for this machine, and the processors are {self.cpu}; "
+                "give portable"
+            )
+        if self.layout == "auto" and not self.measure:
+            raise UsageError("the layout auto is decided by measuring; give portable or ort, or measure")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"{self.threads} threads were asked for; give 1 or more, or none for all cores")
         for limit in ("max_area_operators", "max_depth_operators", "isl_max_operations"):

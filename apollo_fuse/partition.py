@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from apollo_fuse.blocked import is_view
 from apollo_fuse.bodies import graphs
 from apollo_fuse.fusion import Candidate, FuseMicroGraph
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Refused, Value
 from apollo_fuse.index import product
+from apollo_fuse.layout import Layout
 from apollo_fuse.options import Options
 from apollo_fuse.passes.aggregate_ops import AggregateOps, Limits
 from apollo_fuse.passes.extract_clusters import ExtractClusters, operands
@@ -42,12 +44,12 @@ class Plan:
     codegen_seconds: float
 
 
-def plan(model: ir.Model, options: Options) -> Plan:
+def plan(model: ir.Model, options: Options, layout: Layout = Layout.PORTABLE) -> Plan:
     """Every kernel that the model could have, before anything is compiled or measured.
 
     The bodies of If, Loop and Scan are partitioned as the graph around them is, each by itself.
     """
-    planning = _Planning(model.opset_imports[""], options, values_of(model.graph))
+    planning = _Planning(model.opset_imports[""], options, layout, values_of(model.graph))
     for graph in graphs(model.graph):
         planning.add(graph)
     fusion = planning.fusion
@@ -71,6 +73,7 @@ class _Planning:
 
     opset: int
     options: Options
+    layout: Layout
     values: dict[ir.Value, Value]
     nodes: int = 0
     clusters: list[tuple[Operator, ...]] = field(default_factory=list)
@@ -95,13 +98,18 @@ class _Planning:
     def _open(self, graph: ir.Graph) -> list[Operator | Refused]:
         opened = list(OpenCompoundOps(self.opset)(graph, self.values, self.nodes))
         self.nodes += len(opened)
-        convolved = left_to_convolution(graph)
+        # behind all of its optimisations, onnxruntime has taken what it can into convolutions
+        portable = self.layout is Layout.PORTABLE
+        convolved = left_to_convolution(graph) if portable else frozenset()
         quantized = left_to_quantized(dict(zip(graph, opened, strict=True)))
         for place, node in enumerate(graph):
             if isinstance(opened[place], Refused):
                 continue
             label = node.name or node.op_type
-            if node in convolved:
+            if not portable and is_view(node):
+                # costs nothing beside a kernel, and in one makes indices that are not affine
+                opened[place] = Refused((label,), "keep_blocked", "a view of a blocked tensor")
+            elif node in convolved:
                 opened[place] = Refused((label,), "leave_to_convolution", "part of the convolution before it")
             elif node in quantized:
                 opened[place] = Refused((label,), "leave_to_quantized", "part of the operator beside it")
@@ -117,7 +125,9 @@ class _Planning:
         forbidden: frozenset[tuple[int, int]] = frozenset()
         number = 0
         while True:
-            results = [(m, _fuse(self.fusion, m)) for m in aggregate(cluster, escaping, forbidden)]
+            results = [
+                (m, _fuse(self.fusion, m, self.layout)) for m in aggregate(cluster, escaping, forbidden)
+            ]
             problems = [(m, r) for m, r in results if isinstance(r, Refused) and r.rule != NOT_WORTH_IT]
             cuts = frozenset(pair for m, _ in problems for pair in _cuts(m)) - forbidden
             if not cuts:
@@ -141,14 +151,16 @@ def _operators_text(groups: Iterable[tuple[Operator, ...]]) -> str:
     return "\n".join(paragraphs)
 
 
-def _fuse(fusion: FuseMicroGraph, micro_graph: MicroGraph) -> Candidate | Refused:
+def _fuse(fusion: FuseMicroGraph, micro_graph: MicroGraph, layout: Layout) -> Candidate | Refused:
     """What is not worth a kernel is refused before any work goes into it."""
     nodes = tuple(o.op_type for o in micro_graph.operators)
     if not micro_graph.outputs:
         return Refused(nodes, NOT_WORTH_IT, "nothing uses the result")
     if fusion.options.fuse_all:
         return fusion(micro_graph)
-    if len(micro_graph.operators) < 2 and not _is_compound(micro_graph):
+    # between blocks, onnxruntime's own operators broadcast in loops as short as a block
+    over_blocks = layout is Layout.ORT and micro_graph.pattern is Pattern.BROADCAST
+    if len(micro_graph.operators) < 2 and not _is_compound(micro_graph) and not over_blocks:
         return Refused(nodes, NOT_WORTH_IT, "a single operator", "nothing beside it can be fused with it")
     if micro_graph.pattern <= Pattern.RESHAPE:
         return Refused(nodes, NOT_WORTH_IT, "views only", "onnxruntime moves no data for them")

@@ -17,15 +17,19 @@ _EXAMPLES = 3  # pieces of evidence, or names, beside a group in the summary
 
 def render_summary(report: Report, console: Console) -> None:
     """Print what changed, what it gained, and the largest groups of nodes that stayed as they were."""
-    if report.library is None:
+    if report.library is None and report.made_for is None:
         console.print(f"[bold]{escape(report.model.name)}[/]: nothing was fused", highlight=False)
         if report.kernels:
             _print(console, f"  {_tried(report.kernels)}")
     else:
         _print_table(console, _gains(report))
+    for line in _about_layout(report):
+        _print(console, line)
     if report.refused:
         _print_table(console, _largest_refusals(report.refused))
-    if report.library is None:
+    if report.made_for is not None and report.library is None:
+        _print(console, f"Wrote {report.output}, whose layout alone is what gains; it has no library")
+    elif report.library is None:
         _print(console, f"Nothing could be won: the model was written unchanged to {report.output}")
     else:
         _print(console, f"Wrote {report.output}\n      {report.library}")
@@ -63,6 +67,22 @@ def render_compile_seconds(report: Report, console: Console) -> None:
     if report.cpu_targets:
         _print(console, f"For {', '.join(report.cpu_targets)}; verified as code for {report.verified_cpu}")
     _print(console, "With " + ", ".join(f"{name} {version}" for name, version in report.versions.items()))
+
+
+def _about_layout(report: Report) -> list[str]:
+    """Which layout was taken and why, what the model is bound to, and where another one may gain."""
+    lines: list[str] = []
+    if report.layouts:
+        tried = ", ".join(f"{x.layout} {x.fused_ms:.3f} ms" for x in report.layouts)
+        lines.append(f"Layout {report.layout} was taken ({tried})")
+    if report.made_for is not None:
+        lines.append(f"This model was made for {report.made_for}; keep the original for all else")
+    if not report.layouts and report.layout == "portable" and report.beside_convolutions:
+        lines.append(
+            f"{report.beside_convolutions} kernel{'' if report.beside_convolutions == 1 else 's'} beside "
+            "convolutions: --layout auto may gain more, by a model for this machine alone"
+        )
+    return lines
 
 
 def _print(console: Console, text: str) -> None:

@@ -96,6 +96,19 @@ class LatencyReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LayoutReport:
+    """One layout that was tried for `auto`: nodes that called a kernel, and the latency of the whole model.
+
+    fused_ms: least time of one run, all layouts and the unfused model measured in turn.
+    """
+
+    layout: str
+    fused_nodes: int
+    unfused_ms: float
+    fused_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class CompileSeconds:
     """Wall time of the compilation and of its parts, which are parts of no other, in seconds.
 
@@ -129,7 +142,8 @@ class CompileSeconds:
 class Report:
     """What `apollo_fuse.fuse` returns and `--json` writes.
 
-    library: the custom-op library, or None when nothing was fused and the model was written unchanged.
+    library: the custom-op library, or None when nothing was fused. Then the model was written unchanged,
+        unless `made_for` is given: what gains is its layout alone.
     target, cpu: what was compiled for, and the processor it was compiled on.
     cpu_targets: what the library's kernels were compiled for, the lowest level first; none without a library.
     verified_cpu: what they were compiled for when they were verified and measured: the best of the targets
@@ -137,6 +151,9 @@ class Report:
     versions: apollo-fuse and what its result depends on, by name.
     nodes_before, nodes_after: nodes of the original and of the written model, bodies of If, Loop and Scan
         included, Constant nodes left out.
+    layout: the cut that was taken, `portable` or `ort`; layouts: those that were measured to choose it.
+    made_for: the onnxruntime and processors that the written model is bound to, or None for any.
+    beside_convolutions: places of kernels, kept or not, where a convolution's layout may have to be changed.
     fused_nodes: nodes of the written model that call a kernel; distinct_kernels: how many kernels they share.
     """
 
@@ -157,6 +174,10 @@ class Report:
     feedback_rounds: tuple[FeedbackRound, ...] = ()
     verification: VerificationReport = field(default_factory=VerificationReport)
     latency: LatencyReport = field(default_factory=LatencyReport)
+    layout: str = "portable"
+    made_for: str | None = None
+    layouts: tuple[LayoutReport, ...] = ()
+    beside_convolutions: int = 0
     compile_seconds: CompileSeconds = field(default_factory=CompileSeconds)
     warnings: tuple[str, ...] = ()
 

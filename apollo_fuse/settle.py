@@ -32,6 +32,7 @@ class Settled:
     latency: LatencyReport
     verdict: Verdict
     judgements: Mapping[str, Judgement]
+    laid_out: bool = False  # whether the model gains by its layout, with or without kernels
 
 
 @dataclass(slots=True)
@@ -99,6 +100,19 @@ class Settle:
             self._opened = None  # closed first, so that there are never two
             self._opened = chosen, self.trial.fused(chosen)
         return self._opened[1]
+
+    def as_laid_out(self) -> tuple[LatencyReport, Verdict] | None:
+        """What the layout of `trial.clean` gains with no kernel; None where it gains nothing by itself."""
+        verdict = self._verify(())
+        if not verdict.passed:
+            return None
+        sessions = [self.original, self.trial.fused(())]
+        unfused, laid_out = interleaved(
+            sessions, self.feeds, seconds=1.0 * len(sessions), maximum_runs=MODEL_RUNS
+        )
+        if not _wins(laid_out, unfused):
+            return None
+        return _latency(unfused, laid_out, self.trial.threads), verdict
 
     def _verify(self, chosen: Sequence[Candidate]) -> Verdict:
         original = self.original

@@ -16,6 +16,7 @@ from apollo_fuse.atomic import replacing
 from apollo_fuse.bodies import nodes
 from apollo_fuse.codegen import c, link
 from apollo_fuse.fusion import Candidate
+from apollo_fuse.layout import pin
 from apollo_fuse.measure import session_options
 from apollo_fuse.region import Interface, swap
 
@@ -39,13 +40,14 @@ class Trial:
     folder: Path
 
     def fused(self, chosen: Sequence[Candidate]) -> ort.InferenceSession:
-        """The model with these candidates in it."""
+        """The model with these candidates in it, which may be none."""
         model = self._swapped(chosen)
         settings = onnx_io.beside_weights(session_options(self.threads), model)
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             library = Path(place, "fused.so")
-            self.library(chosen, library)
-            settings.register_custom_ops_library(str(library))
+            if chosen:
+                self.library(chosen, library)
+                settings.register_custom_ops_library(str(library))
             proto = ir.to_proto(model).SerializeToString()
             return ort.InferenceSession(proto, settings, providers=["CPUExecutionProvider"])
 
@@ -67,6 +69,10 @@ class Trial:
             onnx_io.write(self._swapped(chosen), path)
         return library
 
+    def write_laid_out(self, path: Path) -> None:
+        """Writes the model without a kernel, in the layout that it is in."""
+        onnx_io.write(self._swapped(()), path)
+
     def _link(self, chosen: Sequence[Candidate], path: Path, builds: Sequence[link.Build]) -> None:
         names = sorted({x.name for x in chosen})
         table = c.table(names, [build.toolchain.cpu.level for build in builds])
@@ -78,6 +84,7 @@ class Trial:
         positions = dict(enumerate(nodes(model.graph)))
         for candidate in chosen:
             swap(model, _relocated(candidate, positions), candidate.name)
+        pin(model)
         model.graph.sort()
         return model
 

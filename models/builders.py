@@ -105,5 +105,7 @@ BUILDERS: dict[str, Builder] = {
         Builder("matmul_add_gelu", networks.matmul_add_gelu, False, False, {"x": (8, 128, 768)}),
         Builder("levit_hardswish", networks.levit_hardswish, False, False, {"x": (16, 196, 256)}),
         Builder("mbconv", networks.mbconv, False, False),
+        Builder("silu_net", networks.silu_net, False, False),
+        Builder("hardswish_se_net", networks.hardswish_se_net, False, False),
     )
 }

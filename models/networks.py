@@ -126,3 +126,47 @@ def mbconv(
     projected = layers.convolution(graph.op("Mul", deep, gate), "project", wide, channels, 1)
     graph.output(graph.op("Add", projected, x), "out", [batch, channels, size, size])
     return graph.model()
+
+
+def silu_net(
+    batch: int | str = 1, channels: int = 48, size: int | str = 56, blocks: int = 4
+) -> onnx.ModelProto:
+    """Residual blocks of convolutions with SiLU, as detectors of the YOLO family stack them."""
+    graph = Graph("silu_net")
+    layers = Layers(graph)
+
+    def layer(x: str, name: str, inputs: int, kernel: int) -> str:
+        y = layers.convolution(x, name, inputs, channels, kernel)
+        return graph.op("Mul", y, graph.op("Sigmoid", y))
+
+    x = layer(graph.input("x", [batch, 3, size, size]), "stem", 3, 3)
+    for block in range(blocks):
+        inner = layer(x, f"{block}.reduce", channels, 1)
+        x = graph.op("Add", x, layer(inner, f"{block}.expand", channels, 3))
+    graph.output(layers.convolution(x, "head", channels, 16, 1), "out", [batch, 16, size, size])
+    return graph.model()
+
+
+def hardswish_se_net(
+    batch: int | str = 1, channels: int = 32, size: int | str = 56, blocks: int = 3, expansion: int = 3
+) -> onnx.ModelProto:
+    """Inverted residual blocks of MobileNetV3: HardSwish in primitives, squeeze-and-excitation in each."""
+    graph = Graph("hardswish_se_net")
+    layers = Layers(graph)
+    wide, narrow = channels * expansion, channels * expansion // 4
+
+    def hard_swish(x: str) -> str:
+        bounded = graph.op("Clip", graph.op("Add", x, 3.0), 0.0, 6.0)
+        return graph.op("Div", graph.op("Mul", x, bounded), 6.0)
+
+    x = hard_swish(layers.convolution(graph.input("x", [batch, 3, size, size]), "stem", 3, channels, 3))
+    for block in range(blocks):
+        expanded = hard_swish(layers.convolution(x, f"{block}.expand", channels, wide, 1))
+        deep = hard_swish(layers.convolution(expanded, f"{block}.depthwise", wide, wide, 3, group=wide))
+        squeezed = graph.op("GlobalAveragePool", deep)
+        reduced = graph.op("Relu", layers.convolution(squeezed, f"{block}.squeeze", wide, narrow, 1))
+        gate = graph.op("HardSigmoid", layers.convolution(reduced, f"{block}.excite", narrow, wide, 1))
+        gated = graph.op("Mul", deep, gate)
+        x = graph.op("Add", x, layers.convolution(gated, f"{block}.project", wide, channels, 1))
+    graph.output(layers.convolution(x, "head", channels, 16, 1), "out", [batch, 16, size, size])
+    return graph.model()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from apollo_fuse.blocked import DOMAIN
+
 _ACTIVATIONS = frozenset({"Relu", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid", "Clip"})
 _CONVOLUTIONS = frozenset({"Conv", "FusedConv"})
 
@@ -37,9 +39,14 @@ def _only_user(value: ir.Value | None, left: set[ir.Node]) -> bool:
     producer = value.producer()
     if producer is None:
         return False
-    return producer.op_type in _CONVOLUTIONS or (producer in left and producer.op_type in ("Add", "Sum"))
+    return _convolves(producer) or (producer in left and producer.op_type in ("Add", "Sum"))
 
 
 def _is_convolution(value: ir.Value | None) -> bool:
     producer = None if value is None else value.producer()
-    return producer is not None and producer.op_type in _CONVOLUTIONS and len(value.uses()) == 1  # type: ignore[union-attr]
+    return producer is not None and _convolves(producer) and len(value.uses()) == 1  # type: ignore[union-attr]
+
+
+def _convolves(node: ir.Node) -> bool:
+    """A convolution in blocks has taken what it can already, when onnxruntime made it."""
+    return node.op_type in _CONVOLUTIONS and node.domain != DOMAIN

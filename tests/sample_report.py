@@ -8,6 +8,7 @@ from apollo_fuse.report import (
     FeedbackRound,
     KernelReport,
     LatencyReport,
+    LayoutReport,
     RefusedReport,
     Report,
     VerificationReport,
@@ -59,6 +60,10 @@ FUSED = Report(
     feedback_rounds=(FeedbackRound(1, (("mul_0", "odd[0]"),), ("micro_graph_3",)),),
     verification=VerificationReport(passed=True, cases=8, max_abs_error=1e-6, max_rel_error=float("inf")),
     latency=LatencyReport(unfused_ms=2.0, fused_ms=1.25, speedup=1.6, runs=50, threads=2),
+    layout="ort",
+    made_for="onnxruntime 1.32.0 and processors with blocks of 16 channels",
+    layouts=(LayoutReport("portable", 10, 2.0, 1.5), LayoutReport("ort", 12, 2.0, 1.25)),
+    beside_convolutions=4,
     compile_seconds=CompileSeconds(
         total=4.0,
         load=0.25,

@@ -50,6 +50,8 @@ SMALL: Mapping[str, Mapping[str, int]] = {
     "matmul_add_gelu": {"inputs": 8, "outputs": 12},
     "levit_hardswish": {"tokens": 6, "channels": 8},
     "mbconv": {"channels": 8, "size": 7, "expansion": 2},
+    "silu_net": {"channels": 8, "size": 8, "blocks": 1},
+    "hardswish_se_net": {"channels": 8, "size": 8, "blocks": 1},
 }
 """Arguments that make each builder's model small."""
 

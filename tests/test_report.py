@@ -43,7 +43,7 @@ def test_the_schema_refuses_a_report_without_a_required_key(key: str) -> None:
 
 def test_every_object_of_the_schema_requires_all_its_keys_and_allows_no_others() -> None:
     objects = [SCHEMA, *(part for part in SCHEMA["$defs"].values() if part["type"] == "object")]
-    assert len(objects) == 7
+    assert len(objects) == 8
     for part in objects:
         assert set(part["required"]) == set(part["properties"])
         assert part["additionalProperties"] is False
@@ -94,6 +94,25 @@ def test_the_summary_says_plainly_that_a_model_was_left_unchanged() -> None:
     text = rendered(render_summary, UNCHANGED)
     assert "the model was written unchanged to net.fused.onnx" in text
     assert "net.fused.so" not in text
+
+
+def test_the_summary_says_which_layout_was_taken_and_what_the_model_is_bound_to() -> None:
+    text = rendered(render_summary, FUSED)
+    assert "Layout ort was taken (portable 1.500 ms, ort 1.250 ms)" in text
+    assert "made for onnxruntime 1.32.0 and processors with blocks of 16 channels; keep the original" in text
+    assert "--layout auto" not in text
+
+
+def test_the_summary_of_a_portable_model_says_where_another_layout_may_gain() -> None:
+    portable = dataclasses.replace(FUSED, layout="portable", made_for=None, layouts=())
+    assert "4 kernels beside convolutions: --layout auto may gain more" in rendered(render_summary, portable)
+
+
+def test_the_summary_of_a_model_that_gains_by_its_layout_alone() -> None:
+    laid_out = dataclasses.replace(UNCHANGED, layout="ort", made_for="onnxruntime 1.32.0")
+    text = rendered(render_summary, laid_out)
+    assert "Wrote net.fused.onnx, whose layout alone is what gains; it has no library" in text
+    assert "unchanged" not in text
 
 
 def test_the_summary_shows_the_largest_refused_groups_first_and_counts_the_rest() -> None:

@@ -1,0 +1,118 @@
+"""The cut into onnxruntime's ladder of optimisations that a model is fused at.
+
+*Portable* is behind the basic optimisations: such a graph runs anywhere. *ort* is behind all of them: tensors
+and weights around convolutions lie in blocks, for processors like this one, and what is fused works on them
+as they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from apollo_fuse import onnx_io
+from apollo_fuse.blocked import DOMAIN, block_size
+from apollo_fuse.graph import Refused
+from apollo_fuse.passes.keep_blocked import KeepBlocked
+from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
+from apollo_fuse.symbolic import infer_shapes, values_of
+from apollo_fuse.tolerance import Array
+
+METADATA = "apollo_fuse.made_for"
+
+
+class Layout(StrEnum):
+    """Which graph of onnxruntime's is fused."""
+
+    PORTABLE = "portable"
+    ORT = "ort"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A model at one cut; `model` is `clean` with shapes, inputs with a default made plain ones."""
+
+    clean: ir.Model
+    model: ir.Model
+    defaults: Mapping[str, Array]
+    refused: tuple[Refused, ...]
+
+
+def load_clean_at(path: Path, layout: Layout, folder: Path) -> ir.Model:
+    """The model at `path` behind the optimisations of this cut; otherwise as `onnx_io.load_clean`."""
+    levels = ort.GraphOptimizationLevel
+    level = levels.ORT_ENABLE_BASIC if layout is Layout.PORTABLE else levels.ORT_ENABLE_ALL
+    return onnx_io.load_clean(path, folder, level)
+
+
+def cut(clean: ir.Model, layout: Layout) -> Cut:
+    """The model with its shapes; behind all optimisations `clean` is changed to keep tensors in blocks."""
+    first = _annotated(clean, ())
+    if layout is Layout.PORTABLE:
+        return first
+    known = values_of(first.model.graph)
+    same = dict(zip(_tensors(first.model.graph), _tensors(clean.graph), strict=True))
+    values = {same[value]: own for value, own in known.items() if value in same}
+    opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values)
+    return _annotated(clean, KeepBlocked(block_size())(clean.graph, values, opened))
+
+
+def pin(model: ir.Model) -> None:
+    """Makes a model that holds blocked tensors fail where blocks are of another size, in place.
+
+    onnxruntime's own operators take weights in blocks of 8 for ones in blocks of 16, and compute nonsense. So
+    the weights of a convolution get a zero added, from an operator that refuses to give it there; its name,
+    which the error shows, says why. onnxruntime folds no such operator: it runs each time, on one element.
+    """
+    convolutions = [n for n in model.graph.all_nodes() if n.domain == DOMAIN and n.op_type == "Conv"]
+    if not convolutions:
+        return
+    node = min(convolutions, key=_weights)
+    graph, weights = node.graph, node.inputs[1]
+    assert isinstance(graph, ir.Graph)
+    made_for = made_for_text(model)
+    model.metadata_props[METADATA] = made_for
+    name = f"apollo_fuse: this model was made for {made_for}; fuse it again on this machine"
+    shape = (1, block_size(), 1, 1)
+    zeros = ir.Value(name="apollo_fuse_block", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    zeros.const_value = ir.tensor(np.zeros(shape, np.float32))
+    graph.register_initializer(zeros)
+    # one channel of a block: a block of another size holds it in fewer channels, or in none
+    attributes = {"channels": 1, "channels_last": 0}
+    zero = ir.node("ReorderOutput", [zeros], attributes, domain=DOMAIN, name=name)
+    checked = ir.node("Add", [weights, zero.outputs[0]], name="apollo_fuse_checked_weights")
+    zero.outputs[0].name, checked.outputs[0].name = "apollo_fuse_zero", "apollo_fuse_checked_weights"
+    graph.insert_before(node, [zero, checked])
+    node.replace_input_with(1, checked.outputs[0])
+
+
+def made_for_text(model: ir.Model) -> str:
+    """What a model that onnxruntime optimised is bound to."""
+    version = f"onnxruntime {ort.__version__}"
+    if all(node.domain != DOMAIN for node in model.graph.all_nodes()):
+        return version
+    return f"{version} and processors with blocks of {block_size()} channels"
+
+
+def _annotated(clean: ir.Model, refused: tuple[Refused, ...]) -> Cut:
+    model = clean.clone()
+    defaults = onnx_io.take_defaults(model)
+    infer_shapes(model)
+    return Cut(clean, model, defaults, refused)
+
+
+def _tensors(graph: ir.Graph) -> list[ir.Value]:
+    """Inputs, weights that are no inputs, and results, in an order that copies share."""
+    weights = [value for value in graph.initializers.values() if not value.is_graph_input()]
+    return [*graph.inputs, *weights, *(value for node in graph for value in node.outputs)]
+
+
+def _weights(convolution: ir.Node) -> int:
+    weights = convolution.inputs[1]
+    return weights.const_value.size if weights is not None and weights.const_value is not None else 2**63
