@@ -13,11 +13,10 @@ from apollo_fuse.measure import interleaved
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan
 from apollo_fuse.report import LayoutReport
-from apollo_fuse.settle import MODEL_RUNS, Settled
+from apollo_fuse.settle import BOUND_WINS, MODEL_RUNS, Settled
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial
 
-BOUND_WINS = 0.95  # share of the portable model's time that a machine-bound one has to stay below
 _SECONDS = 2.0  # of measuring, for each model
 
 
