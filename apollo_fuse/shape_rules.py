@@ -14,13 +14,13 @@ import onnx_ir as ir
 from onnx_shape_inference import ShapeInferenceContext, registry
 
 from apollo_fuse.dimensions import Dimensions, implied_equal
-from apollo_fuse.extents import at_least_zero, greatest, least, quotient, sliced, substituted
+from apollo_fuse.extents import greatest, quotient, sliced, substituted
 from apollo_fuse.graph import Shape
 from apollo_fuse.index import ONE, Index, Symbol, product
+from apollo_fuse.shape_arithmetic import ELEMENTWISE, Elements, aligned, decided
 
 _BEYOND_ANY_AXIS = 2**29
 _Rule = Callable[[ShapeInferenceContext, ir.Node], None]
-_Elements = Sequence[Index | None]
 
 registry.collect()
 
@@ -64,7 +64,7 @@ class _Inference:
         value = self.node.inputs[place]
         return None if value is None else self.dimensions.shape(value.shape)
 
-    def elements(self, place: int) -> _Elements | None:
+    def elements(self, place: int) -> Elements | None:
         """What an integer operand of rank 0 or 1 holds; None for elements that are not known."""
         value = self.node.inputs[place] if self.has(place) else None
         shape = None if value is None else self.dimensions.shape(value.shape)
@@ -96,7 +96,7 @@ class _Inference:
             ]
         )
 
-    def give_elements(self, elements: _Elements) -> None:
+    def give_elements(self, elements: Elements) -> None:
         """Tells what the result holds; None stands for an element that is not known."""
         dims: list[int | ir.SymbolicDim] = []
         for element in elements:
@@ -161,63 +161,6 @@ def _wide(shapes: Sequence[Shape], axis: int) -> list[Index]:
     return list(dict.fromkeys(s[axis] for s in shapes if len(s) >= -axis and not s[axis].is_one))
 
 
-def _decided(difference: Index, holds: Callable[[int, int], bool]) -> Index | None:
-    """Whether a comparison with 0 holds, where one answer is proved."""
-    if difference.constant is not None:
-        return Index.of(int(holds(difference.constant, 0)))
-    for sign, bound in ((1, difference - 1), (-1, -1 - difference)):
-        if at_least_zero(bound):
-            return Index.of(int(holds(sign, 0)))
-    return None
-
-
-def _truncated(a: Index, b: Index) -> Index | None:
-    """Division as ONNX defines it for integers, towards 0."""
-    if b.constant is not None and b.constant > 0 and at_least_zero(a):
-        return quotient(a, b.constant)
-    return a.exact_quotient(b)
-
-
-def _remainder(a: Index, b: Index) -> Index | None:
-    return None if b.constant is None or b.constant <= 0 else a - quotient(a, b.constant) * b
-
-
-def _chosen(condition: Index | None, then: Index | None, otherwise: Index | None) -> Index | None:
-    if then == otherwise or condition is None:
-        return then if then == otherwise else None
-    return then if condition.is_one else otherwise if condition.is_zero else None
-
-
-def _folded(function: Callable[[Index, Index], Index | None]) -> Callable[..., Index | None]:
-    def fold(*operands: Index | None) -> Index | None:
-        result = operands[0]
-        for operand in operands[1:]:
-            result = None if result is None or operand is None else function(result, operand)
-        return result
-
-    return fold
-
-
-def _compared(holds: Callable[[int, int], bool]) -> Callable[..., Index | None]:
-    return _folded(lambda a, b: _decided(a - b, holds))
-
-
-_ELEMENTWISE: dict[str, Callable[..., Index | None]] = {
-    "Add": _folded(operator.add),
-    "Sum": _folded(operator.add),
-    "Sub": _folded(operator.sub),
-    "Mul": _folded(operator.mul),
-    "Div": _folded(_truncated),
-    "Mod": _folded(_remainder),
-    "Min": _folded(least),
-    "Max": _folded(greatest),
-    "Equal": _compared(operator.eq),
-    "Less": _compared(operator.lt),
-    "Greater": _compared(operator.gt),
-    "LessOrEqual": _compared(operator.le),
-    "GreaterOrEqual": _compared(operator.ge),
-    "Where": _chosen,
-}
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
@@ -228,21 +171,13 @@ def _compute(at: _Inference) -> None:
     integers = at.result.dtype in _INTEGERS
     if all(index is not None and index.constant is not None for e in known for index in e) and integers:
         return  # the package has computed with numbers
-    aligned = _aligned(known) if len(known) == len(operands) else None
+    rows = aligned(known) if len(known) == len(operands) else None
     fmod = at.node.attributes.get("fmod")
-    function = _ELEMENTWISE.get(at.node.op_type)
-    if aligned is None or function is None or not integers or (fmod is not None and fmod.as_int()):
+    function = ELEMENTWISE.get(at.node.op_type)
+    if rows is None or function is None or not integers or (fmod is not None and fmod.as_int()):
         at.forget_elements()
         return
-    at.give_elements([function(*row) for row in zip(*aligned, strict=True)])
-
-
-def _aligned(operands: Sequence[_Elements]) -> list[_Elements] | None:
-    """The elements broadcast to one length."""
-    length = max(map(len, operands), default=0)
-    if any(len(e) not in (1, length) for e in operands):
-        return None
-    return [e if len(e) == length else [e[0]] * length for e in operands]
+    at.give_elements([function(*row) for row in zip(*rows, strict=True)])
 
 
 @_after(("Expand", 8))
@@ -290,8 +225,8 @@ def _slice(at: _Inference) -> None:
 
 def slice_bounds(
     shape: Shape,
-    starts: _Elements | None,
-    ends: _Elements | None,
+    starts: Elements | None,
+    ends: Elements | None,
     axes: Sequence[int] | None,
     steps: Sequence[int] | None,
 ) -> list[tuple[Index, Index | None, int]] | None:
@@ -331,7 +266,7 @@ def _concat(at: _Inference) -> None:
         lengths = [at.shape(place) for place in range(len(parts))]
         known = [s[0].constant if s is not None and len(s) == 1 else None for s in lengths]
         if all(length is not None for length in known):
-            unknown: list[_Elements] = [[None] * (length or 0) for length in known]
+            unknown: list[Elements] = [[None] * (length or 0) for length in known]
             at.give_elements([e for part, u in zip(parts, unknown, strict=True) for e in part or u])
         else:
             at.forget_elements()
@@ -407,7 +342,7 @@ def _cast(at: _Inference) -> None:
     if elements is None:
         return
     if at.result.dtype is ir.DataType.BOOL:
-        at.give_elements([None if e is None else _decided(e, operator.ne) for e in elements])
+        at.give_elements([None if e is None else decided(e, operator.ne) for e in elements])
     elif at.result.dtype not in _INTEGERS and any(e is None or e.constant is None for e in elements):
         at.forget_elements()
 
