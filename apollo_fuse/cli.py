@@ -151,6 +151,9 @@ def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTar
 )
 @click.option("--no-measure", is_flag=True, help="Decide by the cost model alone, as for another machine.")
 @click.option(
+    "--remeasure", is_flag=True, help="Verify and measure anew what an earlier run of the same kind decided."
+)
+@click.option(
     "--strict", is_flag=True, help="Fail where a kernel fails verification, instead of dropping it."
 )
 @click.option(
@@ -178,6 +181,7 @@ def main(
     json_file: Path | None,
     dump: Path | None,
     no_measure: bool,
+    remeasure: bool,
     strict: bool,
     cache_dir: Path | None,
     threads: int | None,
@@ -200,6 +204,7 @@ def main(
         cpu=cpu,
         layout=layout,
         measure=not no_measure,
+        remeasure=remeasure,
         strict=strict,
         cache_dir=cache_dir or default_cache_dir(),
         threads=threads,

@@ -27,6 +27,7 @@ from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan, plan
 from apollo_fuse.progress import Progress, SilentProgress
+from apollo_fuse.remembered import Decision, key_of, recall, remember
 from apollo_fuse.report import CompileSeconds, LatencyReport, LayoutReport, Report, VerificationReport
 from apollo_fuse.settle import Settle, Settled
 from apollo_fuse.settle_layout import Attempt, faster_layout, layouts
@@ -67,6 +68,7 @@ class _Compilation:
     given: dict[str, Array] = field(default_factory=dict)  # inputs that the user chose
     shapes: list[tuple[Value, tuple[int, ...]]] = field(default_factory=list)  # in the measured run
     toolchains: dict[Cpu, Toolchain] = field(default_factory=dict)
+    remembered: bool = False  # whether an earlier run had decided
 
     @property
     def threads(self) -> int:
@@ -84,17 +86,13 @@ class _Compilation:
             onnx_io.check_output(self.path, self.output)
         with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
             plans = [self._partition(layout, Path(folder)) for layout in layouts(self.options)]
-            with self._timed("inputs"):
-                original = open_session(self.path, self.threads)
-                feeds = self._feeds(original)
-            attempts = [self._attempt(planned, original, feeds, Path(folder)) for planned in plans]
-            taken = attempts[0]
+            key = self._key(plans, Path(folder))
+            taken = None if key is None else self._as_before(key, plans[0], Path(folder))
             tried: tuple[LayoutReport, ...] = ()
-            if feeds is not None and len(attempts) > 1:
-                self.progress.stage("measure", None)
-                with self._timed("measure"):
-                    taken, tried = faster_layout(attempts, original, feeds)
-            del original  # holds all weights once more
+            if taken is None:
+                taken, tried = self._decide(plans, Path(folder))
+                if key is not None and taken.trial is not None:
+                    self._remember(key, taken)
             with self._timed("write"):
                 library = self._write(taken)
                 summary = self._summary(taken)
@@ -114,6 +112,46 @@ class _Compilation:
             chosen = replace(chosen, refused=(*start.refused, *chosen.refused))
         self._dump(chosen, layout)
         return layout, start, chosen
+
+    def _decide(
+        self, plans: Sequence[tuple[Layout, Cut, Plan]], folder: Path
+    ) -> tuple[Attempt, tuple[LayoutReport, ...]]:
+        """The best of the plans, found by running the model."""
+        with self._timed("inputs"):
+            original = open_session(self.path, self.threads)
+            feeds = self._feeds(original)
+        attempts = [self._attempt(planned, original, feeds, folder) for planned in plans]
+        if feeds is None or len(attempts) == 1:
+            return attempts[0], ()
+        self.progress.stage("measure", None)
+        with self._timed("measure"):
+            return faster_layout(attempts, original, feeds)
+
+    def _as_before(self, key: str, planned: tuple[Layout, Cut, Plan], folder: Path) -> Attempt | None:
+        """What an earlier run of the same compilation came to; None where there was none."""
+        layout, start, chosen = planned
+        found = None if self.options.remeasure else recall(self.options.cache_dir, key)
+        if found is None:
+            return None
+        self.remembered = True
+        self.warnings += found.warnings
+        for place, number, shape in found.shapes:
+            self.shapes.append((chosen.candidates[place].micro_graph.inputs[number], shape))
+        settled = found.settled(chosen.candidates)
+        kept = replace(chosen, candidates=settled.kept)
+        trial = self._compile(kept, start.clean, folder) if settled.kept or settled.laid_out else None
+        return Attempt(layout, start.model, chosen, trial, settled)
+
+    def _key(self, plans: Sequence[tuple[Layout, Cut, Plan]], folder: Path) -> str | None:
+        """The name of what is decided about a plan; None for several plans, or for one with no kernel."""
+        given = self.options.inputs
+        if len(plans) > 1 or not plans[0][2].candidates or (given is not None and not given.is_file()):
+            return None
+        with self._timed("inputs"):
+            compiler = self._toolchains()[self.tried]
+            facts = (str(self.threads), str(self.tried), compiler.identification, *compiler.command)
+            weights = sorted(file for file in folder.iterdir() if file.is_file())
+            return key_of([self.path, *weights], plans[0][2].candidates, self.options, facts)
 
     def _attempt(
         self,
@@ -163,11 +201,17 @@ class _Compilation:
             return None
 
     def _compile(self, chosen: Plan, clean: ir.Model, folder: Path) -> Trial:
-        environment = {**os.environ, "CC": self.options.compiler or ""}
-        cpus = dict.fromkeys((self.tried, *self.options.cpu.cpus))
-        self.toolchains = {cpu: Toolchain.find(environment, cpu) for cpu in cpus}
+        self._toolchains()
         build = self._build(chosen.candidates, self.tried)
         return Trial(clean, build, self.options.cache_dir, self.threads, folder)
+
+    def _toolchains(self) -> Mapping[Cpu, Toolchain]:
+        """The compilers for all targets, looked up once and before anything is compiled."""
+        if not self.toolchains:
+            environment = {**os.environ, "CC": self.options.compiler or ""}
+            cpus = dict.fromkeys((self.tried, *self.options.cpu.cpus))
+            self.toolchains = {cpu: Toolchain.find(environment, cpu) for cpu in cpus}
+        return self.toolchains
 
     def _builds(self, kept: Sequence[Candidate], tried: link.Build) -> list[link.Build]:
         """The kernels that stay, for each processor of the library."""
@@ -255,6 +299,26 @@ class _Compilation:
                 if own.name is not None and own.name in arrays:
                     self.shapes.append((value, arrays[own.name].shape))
 
+    def _remember(self, key: str, taken: Attempt) -> None:
+        chosen, settled = taken.chosen, taken.settled
+        kept = {id(x) for x in settled.kept}
+        shapes = {id(value): shape for value, shape in self.shapes}
+        decision = Decision(
+            tuple(place for place, x in enumerate(chosen.candidates) if id(x) in kept),
+            settled.judgements,
+            settled.latency,
+            settled.verdict,
+            settled.laid_out,
+            tuple(
+                (place, number, shapes[id(value)])
+                for place, x in enumerate(chosen.candidates)
+                for number, value in enumerate(x.micro_graph.inputs)
+                if id(value) in shapes
+            ),
+            tuple(self.warnings),
+        )
+        remember(self.options.cache_dir, key, decision)
+
     def _dump(self, chosen: Plan, layout: Layout) -> None:
         if self.options.dump is not None:
             folder = self.options.dump / layout if self.options.layout == "auto" else self.options.dump
@@ -308,6 +372,7 @@ class _Compilation:
             layouts=tried,
             beside_convolutions=sum(in_context(x) for x in chosen.candidates),
             compile_seconds=self._compile_seconds(chosen),
+            remembered=self.remembered,
             warnings=tuple(self.warnings),
         )
 

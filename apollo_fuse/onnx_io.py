@@ -80,7 +80,15 @@ def load_clean(
     model.metadata_props.update(original.metadata_props)
     model.graph.doc_string = original.graph.doc_string
     make_names_unique(model.graph)
+    _keep_used_domains(model)
     return model
+
+
+def _keep_used_domains(model: ir.Model) -> None:
+    """onnxruntime lists every domain that the process knows, that of fused models it has loaded included."""
+    used = {"", *(node.domain for node in model.graph.all_nodes())}
+    for domain in set(model.opset_imports) - used:
+        del model.opset_imports[domain]
 
 
 def beside_weights(options: ort.SessionOptions, model: ir.Model) -> ort.SessionOptions:

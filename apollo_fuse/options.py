@@ -84,6 +84,7 @@ class Options:
     isl_max_operations: isl operations that one scheduling call may spend before it is refused.
     fuse_all: make kernels also of what cannot gain (operators alone, views, tiny tensors), to test them.
     measure_seconds: least wall time, in seconds, spent on measuring one distinct kernel or model.
+    remeasure: verify and measure anew what an earlier run of the same compilation decided.
     seed: seed of the random inputs that measure and verify.
     dump: a folder that takes the text of every intermediate form; None writes none.
     """
@@ -103,6 +104,7 @@ class Options:
     isl_max_operations: int = 300_000
     fuse_all: bool = False
     measure_seconds: float = 0.05
+    remeasure: bool = False
     seed: int = 0
     dump: Path | None = None
 

@@ -23,6 +23,8 @@ def render_summary(report: Report, console: Console) -> None:
             _print(console, f"  {_tried(report.kernels)}")
     else:
         _print_table(console, _gains(report))
+    if report.remembered:
+        _print(console, "Verified and measured by an earlier run; --remeasure does so anew")
     for line in _about_layout(report):
         _print(console, line)
     if report.refused:

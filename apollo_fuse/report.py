@@ -153,6 +153,7 @@ class Report:
         included, Constant nodes left out.
     layout: the cut that was taken, `portable` or `ort`; layouts: those that were measured to choose it.
     made_for: the onnxruntime and processors that the written model is bound to, or None for any.
+    remembered: whether an earlier run of the same compilation verified and measured; these are its figures.
     beside_convolutions: places of kernels, kept or not, where a convolution's layout may have to be changed.
     fused_nodes: nodes of the written model that call a kernel; distinct_kernels: how many kernels they share.
     """
@@ -178,6 +179,7 @@ class Report:
     made_for: str | None = None
     layouts: tuple[LayoutReport, ...] = ()
     beside_convolutions: int = 0
+    remembered: bool = False
     compile_seconds: CompileSeconds = field(default_factory=CompileSeconds)
     warnings: tuple[str, ...] = ()
 

@@ -62,6 +62,7 @@ FUSED = Report(
     latency=LatencyReport(unfused_ms=2.0, fused_ms=1.25, speedup=1.6, runs=50, threads=2),
     layout="ort",
     made_for="onnxruntime 1.32.0 and processors with blocks of 16 channels",
+    remembered=True,
     layouts=(LayoutReport("portable", 10, 2.0, 1.5), LayoutReport("ort", 12, 2.0, 1.25)),
     beside_convolutions=4,
     compile_seconds=CompileSeconds(
