@@ -1174,3 +1174,13 @@ def test_conversions_stay_with_a_quantised_convolution(tmp_path: Path, cache: Pa
     ((expected, found),) = model.run({"x": values("float32", (3, 3, 8, 8))}).values()
     # the convolution's own result may lie one step beside, between integers and floats
     assert np.abs(expected.astype(int) - found.astype(int)).max() <= 1
+
+
+def test_the_documentation_lists_what_is_covered() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "operators.md").read_text()
+    listed = {
+        (domain, name)
+        for domain, heading in (("", "Of ONNX: "), ("com.microsoft", "Of com.microsoft: "))
+        for name in text.split(heading)[1].split(".\n")[0].replace("\n", " ").split(", ")
+    }
+    assert listed == set(DESCRIPTIONS)
