@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from apollo_fuse.expressions import Load
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive, Value
 from apollo_fuse.index import Index, product
 from apollo_fuse.passes.contraction import Contraction
@@ -71,6 +72,7 @@ class Edge:
     producer: Area
     user: Area
     relation: Relation
+    windowed: bool  # the user looks at what crosses through sliding windows or an index tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,12 @@ def _reduce(edge: Edge, limits: Limits) -> bool:
 
 
 def _stitch(edge: Edge, limits: Limits) -> bool:
-    """A reduction and what is computed from it, row by row: one loop over the rows holds both (Layer II)."""
+    """A reduction and what is computed from it, row by row: one loop over the rows holds both (Layer II).
+
+    A window over the results needs those of the rows beside it too, which no loop over the rows has.
+    """
     producer, user = edge.producer, edge.user
-    if producer.rows is None or user.pattern > Pattern.REDUCTION:
+    if producer.rows is None or user.pattern > Pattern.REDUCTION or edge.windowed:
         return False
     same_rows = user.rows is None or user.rows == producer.rows
     return same_rows and user.domain in (producer.domain, producer.rows)
@@ -189,6 +194,7 @@ class _Growth:
         self.contraction = Contraction(successors)
         self.areas = {place: Area.of(operator) for place, operator in enumerate(cluster)}
         self.made = [{v.name for v in operator.outputs} for operator in cluster]
+        self.windows = [_windowed(operator) for operator in cluster]
         self.read = [{v.name for v in operator.inputs if v.name in self.producer_of} for operator in cluster]
         self.sizes = {v.name: product(v.shape) for operator in cluster for v in operator.inputs}
         self.apart: list[set[int]] = [set() for _ in cluster]
@@ -239,7 +245,9 @@ class _Growth:
             return False
         if rule.only_sole_user and self.contraction.successors(producer) != {user}:
             return False
-        edge = Edge(a, b, self._relation(producer, user))
+        edge = Edge(
+            a, b, self._relation(producer, user), not self.made[producer].isdisjoint(self.windows[user])
+        )
         if not rule.allows(edge, self.limits) or not self._apart_allowed(producer, user):
             return False
         if self.contraction.detour(producer, user):
@@ -252,7 +260,7 @@ class _Growth:
         keep = self.contraction.merge(a, b)
         drop = b if keep == a else a
         self.areas[keep] = joined
-        for facts in (self.made, self.read):
+        for facts in (self.made, self.read, self.windows):
             facts[keep] |= facts[drop]
         self.apart[keep] |= self.apart[drop]
 
@@ -281,6 +289,19 @@ def _extents(primitive: Primitive) -> tuple[Index, Index]:
     kept = product(i.extent for i in primitive.iterators)
     over = primitive.reduction.iterators if primitive.reduction is not None else ()
     return kept * product(i.extent for i in over), kept
+
+
+def _windowed(operator: Operator) -> set[str]:
+    """The inputs with an axis that several loops walk together, other than to split it into parts."""
+    extents = {v.name: v.shape for v in operator.inputs}
+    return {
+        item.tensor
+        for primitive in operator.primitives
+        for item in primitive.block.instructions
+        if isinstance(item, Load) and item.tensor in extents
+        for index, extent in zip(item.indices, extents[item.tensor], strict=True)
+        if len(walked := index.iterators()) > 1 and product(i.extent for i in walked) != extent
+    }
 
 
 def _larger(a: Index, b: Index) -> Index:
