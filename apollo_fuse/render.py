@@ -13,6 +13,7 @@ from apollo_fuse.report import KernelReport, RefusedReport, Report
 _LARGEST = 5  # groups of refusals in the summary
 _NAMES = 6  # names in a list that the explanation shows
 _EXAMPLES = 3  # pieces of evidence, or names, beside a group in the summary
+_LONGEST = 72  # characters of such a piece; extents of open dimensions can fill a screen
 
 
 def render_summary(report: Report, console: Console) -> None:
@@ -155,9 +156,13 @@ def _evidence(group: Sequence[RefusedReport]) -> str:
     """The commonest evidence of a group with its node counts, and where there is none the first nodes."""
     found = _by_evidence(group)
     if [evidence for evidence, _ in found] == [""]:
-        return _abbreviated(found[0][1], _EXAMPLES)
-    shown = [f"{evidence or 'others'} ({len(names)})" for evidence, names in found[:_EXAMPLES]]
+        return _abbreviated(map(_shortened, found[0][1]), _EXAMPLES)
+    shown = [f"{_shortened(evidence or 'others')} ({len(names)})" for evidence, names in found[:_EXAMPLES]]
     return ", ".join(shown) + (f" and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else "")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3].rstrip() + "..."
 
 
 def _by_evidence(group: Iterable[RefusedReport]) -> list[tuple[str, list[str]]]:

@@ -49,10 +49,10 @@ class OpenCompoundOps:
         description = DESCRIPTIONS.get((node.domain, node.op_type))
         label = node.name or node.outputs[0].name or node.op_type
         if description is None:
-            return Refused((label,), RULE, "left to onnxruntime", f"no description of {node.op_type}")
+            return Refused((label,), RULE, "no kernels for this operator", node.op_type)
         result_value = values.get(node.outputs[0])
         if result_value is not None and result_value.elements is not None:
-            return Refused((label,), RULE, "left to onnxruntime", "computes a shape")
+            return Refused((label,), RULE, "computes a shape", node.op_type)
         opener = Opener(node, position, self.opset, values, names)
         try:
             found = description(opener)

@@ -115,6 +115,14 @@ def test_the_summary_of_a_model_that_gains_by_its_layout_alone() -> None:
     assert "unchanged" not in text
 
 
+def test_the_summary_cuts_long_evidence_that_the_explanation_gives_whole() -> None:
+    evidence = f"cannot prove that {' + '.join(f'floor(s{n} / 2)' for n in range(40))} and 1 are equal"
+    report = dataclasses.replace(FUSED, refused=(RefusedReport(("n",), "rule", "reason", evidence),))
+    assert "s39" not in rendered(render_summary, report)
+    assert "... (1)" in rendered(render_summary, report)
+    assert evidence in rendered(render_explanation, report)
+
+
 def test_the_summary_shows_the_largest_refused_groups_first_and_counts_the_rest() -> None:
     refused = tuple(RefusedReport(("n",) * size, "rule", f"reason {size}") for size in range(1, 9))
     text = rendered(render_summary, dataclasses.replace(FUSED, refused=refused))
