@@ -196,7 +196,8 @@ class _Compilation:
             return runnable_feeds(original, shapes, self.options.seed, self.given)
         except NoFeedsError as error:
             self.warnings.append(
-                f"{error}, so nothing could be verified, and nothing was fused; give some with --inputs"
+                f"{error}, so nothing could be verified, and nothing was fused; "
+                "give other extents with --shape, or arrays with --inputs"
             )
             return None
 

@@ -118,7 +118,7 @@ def runnable_feeds(
     Raises NoFeedsError where it runs on none, which happens where inputs hold shapes or indices that have
     to fit each other.
     """
-    refusal = ""
+    refusal = tried = ""
     quiet = ort.RunOptions()
     quiet.log_severity_level = _FATAL
     for kind in _KINDS:
@@ -129,7 +129,10 @@ def runnable_feeds(
             return feeds
         except Exception as error:  # onnxruntime raises classes of its own for each status
             refusal = refusal or what_onnxruntime_says(error)
-    raise NoFeedsError(f"onnxruntime runs the model on no inputs that could be made up ({refusal})")
+            tried = ", ".join(
+                f"{name}:{','.join(map(str, x.shape)) or 'scalar'}" for name, x in feeds.items()
+            )
+    raise NoFeedsError(f"onnxruntime runs the model on no inputs made up for {tried} ({refusal})")
 
 
 def resolve_shapes(

@@ -33,7 +33,9 @@ def render_summary(report: Report, console: Console) -> None:
     if report.made_for is not None and report.library is None:
         _print(console, f"Wrote {report.output}, whose layout alone is what gains; it has no library")
     elif report.library is None:
-        _print(console, f"Nothing could be won: the model was written unchanged to {report.output}")
+        untried = not report.kernels and report.warnings  # a warning says why
+        result = "The model" if untried else "Nothing could be won: the model"
+        _print(console, f"{result} was written unchanged to {report.output}")
     else:
         _print(console, f"Wrote {report.output}\n      {report.library}")
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apollo_fuse.errors import UsageError
-from apollo_fuse.feeds import Dimension, Input, inputs_of, make_feeds, resolve_shapes
+from apollo_fuse.errors import NoFeedsError, UsageError
+from apollo_fuse.feeds import Dimension, Input, inputs_of, make_feeds, resolve_shapes, runnable_feeds
 
 FLOAT = np.dtype(np.float32)
 
@@ -160,3 +160,14 @@ def test_every_array_has_the_resolved_shape_and_the_type(shape, dtype, kind) -> 
     assert found.shape == resolve_shapes([given_value], {})["x"]
     if kind in ("zeros", "ones"):
         assert (found == (kind == "ones")).all()
+
+
+def test_what_runs_on_no_made_up_inputs_is_refused_with_the_extents_that_were_tried() -> None:
+    model = model_of(
+        "(float[N, M] x, int64 rate) => (float[K, L] y, int64 r)",
+        'pads = Constant <value_ints=[0, 96, 0, 0]> () y = Pad <mode="reflect"> (x, pads) r = Identity(rate)',
+    )
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    with pytest.raises(NoFeedsError, match="no inputs made up for x:1,64, rate:scalar .*96"):
+        runnable_feeds(session, {}, 0)
+    assert runnable_feeds(session, {"x": (2, 100)}, 0)["x"].shape == (2, 100)

@@ -96,6 +96,13 @@ def test_the_summary_says_plainly_that_a_model_was_left_unchanged() -> None:
     assert "net.fused.so" not in text
 
 
+def test_the_summary_of_a_model_that_could_not_be_tried_does_not_say_that_nothing_can_be_won() -> None:
+    untried = dataclasses.replace(UNCHANGED, kernels=(), warnings=("no inputs",))
+    text = rendered(render_summary, untried)
+    assert "The model was written unchanged to net.fused.onnx" in text
+    assert "won" not in text
+
+
 def test_the_summary_says_which_layout_was_taken_and_what_the_model_is_bound_to() -> None:
     text = rendered(render_summary, FUSED)
     assert "Layout ort was taken (portable 1.500 ms, ort 1.250 ms)" in text
