@@ -15,6 +15,7 @@ from apollo_fuse.graph import Refused
 from apollo_fuse.index import ZERO, Atom, Index, Iterator
 from apollo_fuse.kernel import Kernel, KernelGroup, LoopKind
 from apollo_fuse.passes.collapse_axes import collapse_grid, collapse_loops
+from apollo_fuse.passes.distribute_lanes import distribute_lanes
 from apollo_fuse.passes.fuse_nests import fuse_nests
 from apollo_fuse.passes.invert_divisors import invert_divisors
 from apollo_fuse.passes.loop_fusion import Fused, Sequence, Tree
@@ -71,7 +72,7 @@ class TileAndMap:
             kernel = self._map(f"k{number}", nests)
             if isinstance(kernel, Refused):
                 return kernel
-            kernels.append(kernel)
+            kernels.append(distribute_lanes(kernel))
         return KernelGroup(
             scop.inputs, scop.outputs, temporaries, scop.extents, tuple(kernels), scop.required
         )

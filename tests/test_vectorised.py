@@ -30,6 +30,7 @@ MODELS = {
     "mish": memory_bound.mish,
     "image_preprocessing": memory_bound.image_preprocessing,
     "wide_deep": partial(memory_bound.wide_deep, columns=3),
+    "wide_deep, many columns": memory_bound.wide_deep,
     "adam": partial(memory_bound.adam, 4),
     "bert_layer": networks.bert_layer,
 }
