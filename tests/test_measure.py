@@ -89,6 +89,19 @@ def test_bfloat16_and_strided_inputs_can_be_measured() -> None:
     assert measure.ort_value(np.array(1.0, np.float32)).shape() == []
 
 
+def test_a_model_whose_outputs_are_not_of_the_shape_that_it_declares_can_be_measured() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 18]> '
+        "g (float[N] x, int64[R] s) => (float[N] y) { y = Reshape(x, s) }"
+    )
+    quiet = measure.session_options(1)
+    quiet.log_severity_level = 4
+    session = ort.InferenceSession(model.SerializeToString(), quiet, providers=["CPUExecutionProvider"])
+    feeds = {"x": np.zeros(6, np.float32), "s": np.array([2, 3])}
+    (timing,) = measure.interleaved([session], feeds, seconds=0, minimum_runs=3)
+    assert timing.runs >= 3
+
+
 def test_garbage_collection_is_left_as_it_was() -> None:
     assert gc.isenabled()
     measure.interleaved([doubled()], FEEDS, seconds=0, minimum_runs=1)
