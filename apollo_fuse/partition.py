@@ -22,6 +22,7 @@ from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
 from apollo_fuse.symbolic import values_of
 
 NOT_WORTH_IT = "aggregate_ops"  # the rule of refusals that no regrouping would help
+_SLOW_ALONE = frozenset({"PRelu"})  # takes onnxruntime 40 times as long as Mul, whatever the threads
 _SMALL = 32  # elements; below this a group computes shapes, not data
 
 
@@ -160,7 +161,8 @@ def _fuse(fusion: FuseMicroGraph, micro_graph: MicroGraph, layout: Layout) -> Ca
         return fusion(micro_graph)
     # between blocks, onnxruntime's own operators broadcast in loops as short as a block
     over_blocks = layout is Layout.ORT and micro_graph.pattern is Pattern.BROADCAST
-    if len(micro_graph.operators) < 2 and not _is_compound(micro_graph) and not over_blocks:
+    slow = micro_graph.operators[0].op_type in _SLOW_ALONE
+    if len(micro_graph.operators) < 2 and not (_is_compound(micro_graph) or over_blocks or slow):
         return Refused(nodes, NOT_WORTH_IT, "a single operator", "nothing beside it can be fused with it")
     if micro_graph.pattern <= Pattern.RESHAPE:
         return Refused(nodes, NOT_WORTH_IT, "views only", "onnxruntime moves no data for them")
