@@ -168,9 +168,7 @@ def _fuse(fusion: FuseMicroGraph, micro_graph: MicroGraph, layout: Layout) -> Ca
         return Refused(nodes, NOT_WORTH_IT, "views only", "onnxruntime moves no data for them")
     sizes = [product(v.shape).constant for v in (*micro_graph.inputs, *micro_graph.outputs)]
     if all(size is not None and size <= _SMALL for size in sizes):
-        return Refused(
-            nodes, NOT_WORTH_IT, "too small", f"at most {max(map(lambda s: s or 0, sizes))} elements"
-        )
+        return Refused(nodes, NOT_WORTH_IT, "too small", f"no tensor of more than {_SMALL} elements")
     return fusion(micro_graph)
 
 

@@ -84,8 +84,9 @@ def _about_layout(report: Report) -> list[str]:
         lines.append(f"This model was made for {report.made_for}; keep the original for all else")
     if not report.layouts and report.layout == "portable" and report.beside_convolutions:
         lines.append(
-            f"{report.beside_convolutions} kernel{'' if report.beside_convolutions == 1 else 's'} beside "
-            "convolutions: --layout auto may gain more, by a model for this machine alone"
+            f"Kernels beside convolutions were tried in {report.beside_convolutions} "
+            f"place{'' if report.beside_convolutions == 1 else 's'}; --layout auto may gain more there, "
+            "by a model for this machine alone"
         )
     return lines
 
