@@ -175,16 +175,14 @@ class _Compilation:
 
     def _write(self, taken: Attempt) -> Path | None:
         """The written model's library, or None where it has none."""
-        library = self.output.with_suffix(".so")
         kept, trial = taken.settled.kept, taken.trial
         if kept and trial is not None:
-            trial.write(kept, self.output, self._builds(kept, trial.build))
-            return library
+            return trial.write(kept, self.output, self._builds(kept, trial.build))
         if taken.settled.laid_out and trial is not None:
             trial.write_laid_out(self.output)
         else:
             onnx_io.write_unchanged(self.path, self.output)
-        link.remove_library(library)
+        link.remove_library(self.output.with_suffix(".so"))
         return None
 
     def _feeds(self, original: ort.InferenceSession) -> dict[str, Array] | None:

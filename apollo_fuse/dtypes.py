@@ -61,6 +61,12 @@ class DType(Enum):
         return self in _SIGNED
 
     @property
+    def integer_range(self) -> tuple[int, int]:
+        """The least and the greatest number of an integer type."""
+        bits = 8 * self.size
+        return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if self.is_signed else (0, 2**bits - 1)
+
+    @property
     def greatest(self) -> float:
         """The greatest finite number of a floating-point type."""
         return float(ml_dtypes.finfo(self.numpy).max)  # type: ignore[no-untyped-call]

@@ -107,10 +107,7 @@ class Settle:
         verdict = self._verify(())
         if not verdict.passed:
             return None
-        sessions = [self.original, self.trial.fused(())]
-        unfused, laid_out = interleaved(
-            sessions, self.feeds, seconds=3.0 * len(sessions), maximum_runs=MODEL_RUNS
-        )
+        unfused, laid_out = self._measured((), seconds=3.0)
         if max(laid_out.median / unfused.median, laid_out.minimum / unfused.minimum) >= BOUND_WINS:
             return None
         return _latency(unfused, laid_out, self.trial.threads), verdict

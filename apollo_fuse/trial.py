@@ -55,17 +55,14 @@ class Trial:
         """Links the kernels of these candidates, for this machine."""
         self._link(chosen, path, [self.build])
 
-    def write(
-        self, chosen: Sequence[Candidate], path: Path, builds: Sequence[link.Build] | None = None
-    ) -> Path:
+    def write(self, chosen: Sequence[Candidate], path: Path, builds: Sequence[link.Build]) -> Path:
         """Writes the model with these candidates, and its library beside it; gives the library's path.
 
-        The library holds what was built for its targets, or else for this machine. Where anything fails,
-        neither file has changed.
+        The library holds what was built for its targets. Where anything fails, neither file has changed.
         """
         library = path.with_suffix(".so")
         with replacing(library) as temporary:
-            self._link(chosen, temporary, builds or [self.build])
+            self._link(chosen, temporary, builds)
             onnx_io.write(self._swapped(chosen), path)
         return library
 

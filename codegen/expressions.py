@@ -118,8 +118,7 @@ def identity(op: Op, dtype: DType) -> str:
         return "-INFINITY" if least else "INFINITY"
     if dtype is DType.BOOL:
         return "0" if least else "1"
-    bits = dtype.size * 8
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.is_signed else (0, 2**bits - 1)
+    low, high = dtype.integer_range
     return literal(Constant(low if least else high, dtype))
 
 

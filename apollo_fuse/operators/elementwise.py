@@ -54,7 +54,7 @@ for _name, _op in _BITWISE.items():
 def bitwise_not(o: Opener) -> Tensor:
     """All ones, less the number: -1 - x where there is a sign."""
     x = _integer(o.tensor(0))
-    ones = -1 if x.dtype.is_signed else 2 ** (8 * x.dtype.size) - 1
+    ones = -1 if x.dtype.is_signed else x.dtype.integer_range[1]
     return o.apply(Op.XOR, x, ones)
 
 

@@ -18,17 +18,13 @@ def gather(o: Opener) -> Tensor:
     """Indices are read from memory; negative ones count from the end, as the specification says."""
     x, indices = o.tensor(0), o.tensor(1)
     axis = o.axis(o.integer("axis", 0), len(x.shape))
+    rank, extent = len(indices.shape), x.shape[axis]
+    shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
     if not isinstance(indices.content, str):
         known = int(indices.content.value)
-        extent = x.shape[axis]
         place = Index.of(known) if known >= 0 else extent + known
-        shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
-        rank = len(indices.shape)
         return x.view(shape, lambda at: (*at[:axis], place, *at[axis + rank :]))
-    if not indices.dtype.is_integer:
-        raise Unsupported(f"indices of type {indices.dtype.value}")
-    name, rank, extent = indices.content, len(indices.shape), x.shape[axis]
-    shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    name, _ = _index_tensor(o, 1)
 
     def access(at: tuple[Index, ...]) -> tuple[Index, ...]:
         chosen = Index.of(Indirect(name, at[axis : axis + rank], extent))

@@ -80,7 +80,7 @@ def squeeze(o: Opener) -> Tensor:
 def transpose(o: Opener) -> Tensor:
     x = o.tensor(0)
     rank = len(x.shape)
-    permutation = o.integers(len(o.node.inputs), "perm") or tuple(reversed(range(rank)))
+    permutation = o.numbers("perm", ()) or tuple(reversed(range(rank)))
     return permuted(x, permutation)
 
 

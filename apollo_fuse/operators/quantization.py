@@ -23,14 +23,13 @@ def quantize_linear(o: Opener) -> Tensor:
 
 
 def _quantized(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: DType) -> Tensor:
-    bits = 8 * dtype.size
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.is_signed else (0, 2**bits - 1)
-    if bits > 16:
+    if dtype.size > 2:
         raise Unsupported(f"quantisation to {dtype.value}")
     # the quotient of half types is rounded to their precision first, as onnxruntime has it
     quotient = (x.cast(DType.FLOAT32) / scale.cast(DType.FLOAT32)).cast(x.dtype).cast(DType.FLOAT32)
     rounded = quotient.call(Op.ROUND)
     moved = rounded if zero is None else rounded + zero
+    low, high = dtype.integer_range
     return moved.maximum(float(low)).minimum(float(high)).cast(dtype)
 
 

@@ -196,7 +196,7 @@ def _divided_by_root_mean_square(x: Tensor, axes: tuple[int, ...], epsilon: floa
 @operator("MeanVarianceNormalization")
 def mean_variance_normalization(o: Opener) -> Tensor:
     x = floating(o.tensor(0))
-    axes = o.integers(len(o.node.inputs), "axes") or (0, 2, 3)
+    axes = o.numbers("axes", ()) or (0, 2, 3)
     centred = x - x.mean(axes)
     return centred / ((centred * centred).mean(axes).call(Op.SQRT) + 1e-9)
 

@@ -119,7 +119,7 @@ def _pooled(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window]) 
 def max_pool(o: Opener) -> Tensor:
     """A NaN is passed on from any place; onnxruntime does so in some places and not in others."""
     x = o.tensor(0)
-    least = float("-inf") if x.dtype.is_float else -(2 ** (8 * x.dtype.size - 1)) if x.dtype.is_signed else 0
+    least = float("-inf") if x.dtype.is_float else x.dtype.integer_range[0]
     return _pooled(x, Op.MAX, least, _windows(o, x))
 
 
