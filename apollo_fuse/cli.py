@@ -18,7 +18,7 @@ from apollo_fuse._version import __version__
 from apollo_fuse.atomic import require_writable, write_text
 from apollo_fuse.cpu import NATIVE, CpuTargets
 from apollo_fuse.errors import ApolloFuseError, OutputError, UsageError
-from apollo_fuse.options import LAYOUTS, TARGETS, InputShape, Options, default_cache_dir
+from apollo_fuse.options import LAYERS, LAYOUTS, TARGETS, InputShape, Options, default_cache_dir
 from apollo_fuse.progress import SilentProgress, TerminalProgress
 from apollo_fuse.render import render_compile_seconds, render_explanation, render_summary
 from apollo_fuse.report import Report
@@ -135,6 +135,16 @@ def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTar
     help="portable runs anywhere; ort keeps onnxruntime's layout of convolutions, for machines like this one "
     "alone; auto takes what is faster.",
 )
+@click.option(
+    "--layers",
+    type=click.Choice(LAYERS),
+    default=LAYERS[-1],
+    show_default=True,
+    help="Layers of fusion: I loops, II stitching through caches, III in parallel; to see what each gains.",
+)
+@click.option(
+    "--no-feedback", is_flag=True, help="Leave what is refused unfused instead of grouping it anew."
+)
 @click.option("--explain", is_flag=True, help="Print each kernel and each refusal, with their figures.")
 @click.option(
     "--json",
@@ -177,6 +187,8 @@ def main(
     target: str,
     cpu: CpuTargets,
     layout: str,
+    layers: str,
+    no_feedback: bool,
     explain: bool,
     json_file: Path | None,
     dump: Path | None,
@@ -203,6 +215,8 @@ def main(
         target=target,
         cpu=cpu,
         layout=layout,
+        layers=layers,
+        feedback=not no_feedback,
         measure=not no_measure,
         remeasure=remeasure,
         strict=strict,

@@ -20,12 +20,13 @@ from apollo_fuse.codegen import link
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import Cpu
 from apollo_fuse.errors import NoFeedsError, VerificationError
+from apollo_fuse.evidence import slower, spilled
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
-from apollo_fuse.graph import Value
+from apollo_fuse.graph import Refused, Value
 from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
 from apollo_fuse.options import Options
-from apollo_fuse.partition import Plan, plan
+from apollo_fuse.partition import Plan, Planner
 from apollo_fuse.progress import Progress, SilentProgress
 from apollo_fuse.remembered import Decision, key_of, recall, remember
 from apollo_fuse.report import CompileSeconds, LatencyReport, LayoutReport, Report, VerificationReport
@@ -101,21 +102,20 @@ class _Compilation:
 
     # -- rungs ------------------------------------------------------------------------------
 
-    def _partition(self, layout: Layout, folder: Path) -> tuple[Layout, Cut, Plan]:
+    def _partition(self, layout: Layout, folder: Path) -> _Planned:
         self.progress.stage("partition", None)
         with self._timed("load"):
             clean = load_clean_at(self.path, layout, folder)
         with self._timed("shapes"):
             start = cut(clean, layout)
         with self._timed("partition"):
-            chosen = plan(start.model, self.options, layout)
+            planner = Planner(start.model, self.options, layout)
+            chosen = planner.plan()
             chosen = replace(chosen, refused=(*start.refused, *chosen.refused))
         self._dump(chosen, layout)
-        return layout, start, chosen
+        return _Planned(layout, start, planner, chosen)
 
-    def _decide(
-        self, plans: Sequence[tuple[Layout, Cut, Plan]], folder: Path
-    ) -> tuple[Attempt, tuple[LayoutReport, ...]]:
+    def _decide(self, plans: Sequence[_Planned], folder: Path) -> tuple[Attempt, tuple[LayoutReport, ...]]:
         """The best of the plans, found by running the model."""
         with self._timed("inputs"):
             original = open_session(self.path, self.threads)
@@ -127,51 +127,71 @@ class _Compilation:
         with self._timed("measure"):
             return faster_layout(attempts, original, feeds)
 
-    def _as_before(self, key: str, planned: tuple[Layout, Cut, Plan], folder: Path) -> Attempt | None:
+    def _as_before(self, key: str, planned: _Planned, folder: Path) -> Attempt | None:
         """What an earlier run of the same compilation came to; None where there was none."""
-        layout, start, chosen = planned
         found = None if self.options.remeasure else recall(self.options.cache_dir, key)
         if found is None:
             return None
         self.remembered = True
         self.warnings += found.warnings
+        with self._timed("partition"):
+            chosen = planned.regrouped(found.regrouped)
+        self._dump(chosen, planned.layout)
         for place, number, shape in found.shapes:
             self.shapes.append((chosen.candidates[place].micro_graph.inputs[number], shape))
         settled = found.settled(chosen.candidates)
         kept = replace(chosen, candidates=settled.kept)
-        trial = self._compile(kept, start.clean, folder) if settled.kept or settled.laid_out else None
-        return Attempt(layout, start.model, chosen, trial, settled)
+        needed = settled.kept or settled.laid_out
+        trial = self._compile(kept, planned.start.clean, folder) if needed else None
+        return Attempt(planned.layout, planned.start.model, chosen, trial, settled, found.regrouped)
 
-    def _key(self, plans: Sequence[tuple[Layout, Cut, Plan]], folder: Path) -> str | None:
+    def _key(self, plans: Sequence[_Planned], folder: Path) -> str | None:
         """The name of what is decided about a plan; None for several plans, or for one with no kernel."""
         given = self.options.inputs
-        if len(plans) > 1 or not plans[0][2].candidates or (given is not None and not given.is_file()):
+        if len(plans) > 1 or not plans[0].chosen.candidates or (given is not None and not given.is_file()):
             return None
         with self._timed("inputs"):
             compiler = self._toolchains()[self.tried]
             facts = (str(self.threads), str(self.tried), compiler.identification, *compiler.command)
             weights = sorted(file for file in folder.iterdir() if file.is_file())
-            return key_of([self.path, *weights], plans[0][2].candidates, self.options, facts)
+            return key_of([self.path, *weights], plans[0].chosen.candidates, self.options, facts)
 
     def _attempt(
         self,
-        planned: tuple[Layout, Cut, Plan],
+        planned: _Planned,
         original: ort.InferenceSession,
         feeds: dict[str, Array] | None,
         folder: Path,
     ) -> Attempt:
         """The kernels of one plan, compiled and judged; none where no inputs verify them."""
-        layout, start, chosen = planned
+        layout, start, chosen = planned.layout, planned.start, planned.chosen
         if feeds is None or not (chosen.candidates or layout is Layout.ORT):
             nothing = Settled((), LatencyReport(threads=self.threads), NOTHING, {})
             return Attempt(layout, start.model, replace(chosen, candidates=()), None, nothing)
         place = folder / layout
         place.mkdir()
-        trial = self._compile(chosen, start.clean, place)
-        every = {**start.defaults, **feeds}
-        judgements = self._judge(start.model, chosen, trial, every) if chosen.candidates else {}
-        settled = self._settle(chosen, trial, original, feeds, judgements, layout)
-        return Attempt(layout, start.model, chosen, trial, settled)
+        judged = self._judged(planned, {**start.defaults, **feeds}, place)
+        self._dump(judged.chosen, layout)
+        settled = self._settle(judged.chosen, judged.trial, original, feeds, judged.judgements, layout)
+        return Attempt(layout, start.model, judged.chosen, judged.trial, settled, judged.regrouped)
+
+    def _judged(self, planned: _Planned, feeds: Mapping[str, Array], folder: Path) -> _Judged:
+        """The plan once no kernel of it is sent back by what compiling or measuring shows."""
+        chosen, planner = planned.chosen, planned.planner
+        judgements: dict[str, Judgement] = {}
+        turns: list[Mapping[int, Refused]] = []
+        while True:
+            trial = self._compile(chosen, planned.start.clean, folder)
+            refused = spilled(chosen.candidates, trial.build)
+            if not refused:
+                judgements |= self._judge(planned.start.model, chosen, trial, feeds, judgements)
+                slow = slower(chosen.candidates, judgements)
+                refused = {p: r for p, r in slow.items() if planner.splits(chosen.candidates[p], r)}
+            if not refused:
+                return _Judged(chosen, trial, judgements, tuple(turns))
+            with self._timed("partition"):
+                chosen = planner.regroup(chosen, refused)
+            turns.append(refused)
 
     def _write(self, taken: Attempt) -> Path | None:
         """The written model's library, or None where it has none."""
@@ -240,10 +260,17 @@ class _Compilation:
         return link.Build(toolchain, dict(zip(sources, files, strict=True)))
 
     def _judge(
-        self, model: ir.Model, chosen: Plan, trial: Trial, feeds: Mapping[str, Array]
+        self,
+        model: ir.Model,
+        chosen: Plan,
+        trial: Trial,
+        feeds: Mapping[str, Array],
+        known: Mapping[str, Judgement],
     ) -> dict[str, Judgement]:
         """One judgement for each variant of a kernel; its first use in the model stands for all of them."""
-        distinct = {x.variant: x for x in reversed(chosen.candidates)}
+        distinct = {x.variant: x for x in reversed(chosen.candidates) if x.variant not in known}
+        if not distinct:
+            return {}
         stage = "measure" if self.options.measure else "verify"
         self.progress.stage(stage, len(distinct))
         library = trial.folder / "trial.so"
@@ -315,6 +342,7 @@ class _Compilation:
                 if id(value) in shapes
             ),
             tuple(self.warnings),
+            taken.regrouped,
         )
         remember(self.options.cache_dir, key, decision)
 
@@ -379,6 +407,33 @@ class _Compilation:
         within = {"isl": chosen.isl_seconds, "codegen": chosen.codegen_seconds}
         partition = self.seconds["partition"] - sum(within.values())
         return CompileSeconds(**{**self.seconds, **within, "partition": partition})
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A model in one layout, with the kernels that it could have."""
+
+    layout: Layout
+    start: Cut
+    planner: Planner
+    chosen: Plan
+
+    def regrouped(self, turns: Sequence[Mapping[int, Refused]]) -> Plan:
+        """The plan after these turns of the feedback."""
+        chosen = self.chosen
+        for refused in turns:
+            chosen = self.planner.regroup(chosen, refused)
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """The plan that the feedback from compiled and measured kernels led to, in these turns."""
+
+    chosen: Plan
+    trial: Trial
+    judgements: dict[str, Judgement]
+    regrouped: tuple[Mapping[int, Refused], ...]
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.options import Options
 from apollo_fuse.passes.build_scop import BuildScop
 from apollo_fuse.passes.loop_fusion import Fused, LoopFusion, show
+from apollo_fuse.passes.place_buffers import RULE as MEMORY_STITCHING
 from apollo_fuse.passes.tile_and_map import TileAndMap
 from apollo_fuse.region import Interface, body_text, interface
 from apollo_fuse.scop import Scop
@@ -98,4 +99,9 @@ class FuseMicroGraph:
         if not isinstance(fused, Fused):
             return fused
         group = TileAndMap(alone)(fused)
-        return group if isinstance(group, Refused) else _Lowered(group, show(fused.tree), str(group))
+        if isinstance(group, Refused):
+            return group
+        if group.stitches and not self.options.stitches_memory:
+            names = tuple(s.name for s in scop.statements)
+            return Refused(names, MEMORY_STITCHING, "Layer II is off", "a loop reads what another loop made")
+        return _Lowered(group, show(fused.tree), str(group))

@@ -130,15 +130,8 @@ class KernelGroup:
 
     @property
     def stitches(self) -> bool:
-        """Whether a statement reads what another loop of its kernel left in on-chip memory (Layer II)."""
-        for kernel in self.kernels:
-            steps = list(walk(kernel.body))
-            accumulators = {s.target.buffer for s in steps if isinstance(s, Initialise)}
-            shared = {b.name for b in kernel.buffers if b.scope is Scope.SHARED}
-            read = {load.tensor for s in steps if isinstance(s, Compute) for load in s.block.loads}
-            if read & (accumulators | shared):
-                return True
-        return False
+        """Whether a loop reads what another loop of its kernel left in on-chip memory (Layer II)."""
+        return any(_stitches(kernel) for kernel in self.kernels)
 
     def __str__(self) -> str:
         head = [f"extent {e}" for e in self.extents]
@@ -150,6 +143,31 @@ class KernelGroup:
         ):
             head += [f"{role} {value}" for value in values]
         return "\n".join([*head, *map(str, self.kernels)])
+
+
+def _stitches(kernel: Kernel) -> bool:
+    local = {b.name for b in kernel.buffers if b.scope is not Scope.GLOBAL}
+    made: dict[str, frozenset[Iterator]] = {}  # the loops around the first write to a local buffer
+
+    def reads_from_elsewhere(steps: tuple[Step, ...], around: frozenset[Iterator]) -> bool:
+        for step in steps:
+            match step:
+                case Loop(iterator, _, body):
+                    if reads_from_elsewhere(body, around | {iterator}):
+                        return True
+                case Initialise(target):
+                    made.setdefault(target.buffer, around)
+                case Compute(_, block, targets):
+                    read = {load.tensor for load in block.loads} & local
+                    if any(around - made.get(name, around) for name in read):
+                        return True
+                    for target in targets:
+                        made.setdefault(target.buffer, around)
+                case Copy():
+                    pass
+        return False
+
+    return reads_from_elsewhere(kernel.body, frozenset())
 
 
 def walk(steps: tuple[Step, ...]) -> Generator[Step]:

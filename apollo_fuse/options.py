@@ -15,6 +15,7 @@ from apollo_fuse.errors import UsageError
 
 TARGETS = ("auto", "cpu")
 LAYOUTS = ("portable", "ort", "auto")
+LAYERS = ("I", "I,II", "I,II,III")
 
 
 def default_cache_dir() -> Path:
@@ -74,6 +75,9 @@ class Options:
     cpu: the processors that the library is made for; the machine's own unless others are named.
     layout: `portable` for a model that runs anywhere; `ort` for one in onnxruntime's own layout, which runs
         on machines like this one alone; `auto` for the faster one of both.
+    layers: the layers of the fusion phase: `I` is loop fusion, `I,II` adds memory stitching, `I,II,III`
+        parallelism stitching; to see what each gains.
+    feedback: whether what a kernel is refused for groups its operators anew; False leaves them unfused.
     measure: decide what is kept by measuring on this machine; False decides by the cost model alone.
     strict: a kernel that fails verification is an error, instead of being dropped with a warning.
     cache_dir: where compiled kernels are kept between runs.
@@ -94,6 +98,8 @@ class Options:
     target: str = "auto"
     cpu: CpuTargets = field(default_factory=CpuTargets.native)
     layout: str = "portable"
+    layers: str = LAYERS[-1]
+    feedback: bool = True
     measure: bool = True
     strict: bool = False
     cache_dir: Path = field(default_factory=default_cache_dir)
@@ -111,6 +117,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UsageError(f"the target is {self.target!r}; expected one of {', '.join(TARGETS)}")
+        if self.layers not in LAYERS:
+            raise UsageError(f"the layers are {self.layers!r}; expected one of {' or '.join(LAYERS)}")
         if self.layout not in LAYOUTS:
             raise UsageError(f"the layout is {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
         if self.layout != "portable" and self.cpu != CpuTargets.native():
@@ -131,6 +139,16 @@ class Options:
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
             raise UsageError(f"input {repeated!r} is given two shapes; give one")
+
+    @property
+    def stitches_memory(self) -> bool:
+        """Whether Layer II is on."""
+        return self.layers != "I"
+
+    @property
+    def stitches_parallelism(self) -> bool:
+        """Whether Layer III is on."""
+        return self.layers == "I,II,III"
 
     def dims(self, name: str) -> tuple[int, ...] | None:
         """The extents given for the input `name`, or None where none were given."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from apollo_fuse.acceptance import Judgement
 from apollo_fuse.atomic import write_text
 from apollo_fuse.fusion import Candidate
+from apollo_fuse.graph import Refused
 from apollo_fuse.options import Options
 from apollo_fuse.report import LatencyReport
 from apollo_fuse.settle import Settled
@@ -31,6 +32,7 @@ class Decision:
     """A `Settled` in terms of the candidates' places, with the shapes and the warnings of the run.
 
     shapes: candidate, input, and the shape that the input had.
+    regrouped: what the feedback refused, turn by turn; places elsewhere are those behind the last turn.
     """
 
     kept: tuple[int, ...]
@@ -40,6 +42,7 @@ class Decision:
     laid_out: bool
     shapes: tuple[tuple[int, int, tuple[int, ...]], ...]
     warnings: tuple[str, ...]
+    regrouped: tuple[Mapping[int, Refused], ...]
 
     def settled(self, candidates: Sequence[Candidate]) -> Settled:
         kept = tuple(candidates[place] for place in self.kept)
@@ -81,7 +84,7 @@ def _place(cache: Path, key: str) -> Path:
 
 
 def _decoded(found: dict[str, object]) -> Decision:
-    shapes, judgements = found["shapes"], found["judgements"]
+    shapes, judgements, regrouped = (found[n] for n in ("shapes", "judgements", "regrouped"))
     latency, verdict, kept, warnings = (found[n] for n in ("latency", "verdict", "kept", "warnings"))
     if not (
         isinstance(shapes, list)
@@ -90,6 +93,7 @@ def _decoded(found: dict[str, object]) -> Decision:
         and isinstance(verdict, dict)
         and isinstance(kept, list)
         and isinstance(warnings, list)
+        and isinstance(regrouped, list)
     ):
         raise TypeError("not a decision")
     return Decision(
@@ -103,6 +107,10 @@ def _decoded(found: dict[str, object]) -> Decision:
         bool(found["laid_out"]),
         tuple((int(c), int(i), tuple(map(int, shape))) for c, i, shape in shapes),
         tuple(map(str, warnings)),
+        tuple(
+            {int(place): Refused((), r["rule"], r["reason"], r["evidence"]) for place, r in turn.items()}
+            for turn in regrouped
+        ),
     )
 
 

@@ -59,9 +59,11 @@ def render_explanation(report: Report, console: Console) -> None:
     if report.feedback_rounds:
         console.print("[bold]Feedback[/]")
     for feedback in report.feedback_rounds:
+        refused = feedback.refused
+        evidence = f" ({refused.evidence})" if refused.evidence else ""
+        _print(console, f"  round {feedback.round}: {refused.rule}: {refused.reason}{evidence}")
         edges = _abbreviated([f"{producer} -> {consumer}" for producer, consumer in feedback.forbidden_edges])
-        _print(console, f"  round {feedback.round}: not together: {edges}")
-        _print(console, f"    grouped anew: {_abbreviated(feedback.regrouped)}")
+        _print(console, f"    grouped anew: {_abbreviated(refused.nodes)}; not together: {edges}")
 
 
 def render_compile_seconds(report: Report, console: Console) -> None:

@@ -63,11 +63,13 @@ class FeedbackRound:
     round: counts from 1.
     forbidden_edges: the producer and consumer nodes that this round forbade to be fused together.
     regrouped: the names of the micro-graphs that were grouped anew for it.
+    refused: why: the refusal that came back from a lower layer.
     """
 
     round: int
     forbidden_edges: tuple[tuple[str, str], ...]
     regrouped: tuple[str, ...]
+    refused: RefusedReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,11 +63,12 @@ def summarise(
         tuple(RefusedReport(r.nodes, r.rule, r.reason, r.evidence) for r in chosen.refused),
         tuple(
             FeedbackRound(
-                r.number,
+                number,
                 tuple((labels[a], labels[b]) for a, b in r.forbidden),
-                tuple(f"{', '.join(x.nodes)}: {x.reason}" for x in r.refused),
+                (f"{', '.join(r.refused.nodes)}: {r.refused.reason}",),
+                RefusedReport(r.refused.nodes, r.refused.rule, r.refused.reason, r.refused.evidence),
             )
-            for r in chosen.rounds
+            for number, r in enumerate(chosen.rounds, start=1)
         ),
     )
 

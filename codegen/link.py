@@ -3,6 +3,7 @@
 import hashlib
 import importlib.resources
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -12,13 +13,16 @@ from dataclasses import dataclass
 from functools import cache as memoised
 from pathlib import Path
 
-from apollo_fuse.atomic import write_bytes
+from apollo_fuse.atomic import write_bytes, write_text
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.errors import CompilerError
 
 _LINK_FLAGS = ("-shared", "-Wl,--build-id=none", "-Wl,-z,defs")
 _LIBRARIES = ("-lm",)  # the few functions of POSIX threads that the plugin calls are in every glibc's libc
 _COMPILER_LINES_SHOWN = 12
+LARGE_FRAME = 16 * 1024
+"""Bytes of a function's stack frame from which the compiler is asked to name them."""
+_FRAME = re.compile(r"frame size (?:of |\()(\d+)")  # in the words of gcc and of clang
 _REGISTERS = (
     b"apollo_fuse: no memory to register its ops"  # a sentence in plugin.c, which every library holds
 )
@@ -64,6 +68,17 @@ def compile_objects(
     return [objects[index] for index in range(len(sources))]
 
 
+def large_frame(compiled: Path) -> int:
+    """Bytes of the largest stack frame in an object of `compile_objects`; 0 where none is large.
+
+    A frame holds the arrays of a kernel and what the compiler has no register for.
+    """
+    try:
+        return int(_frame_file(compiled).read_text())
+    except FileNotFoundError:
+        return 0
+
+
 def link_library(
     objects: Sequence[Path], table_source: str, output: Path, toolchain: Toolchain, cache: Path
 ) -> None:
@@ -103,17 +118,27 @@ def _compile(source: str, toolchain: Toolchain, flags: Sequence[str], cache: Pat
         return compiled
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         Path(folder, "source.c").write_text(source)
-        arguments = [*flags, f"-I{_runtime()}", "-c", "source.c", "-o", "source.o"]
-        _run(toolchain, arguments, Path(folder))
+        warn = f"-Wframe-larger-than={LARGE_FRAME}"
+        arguments = [*flags, warn, f"-I{_runtime()}", "-c", "source.c", "-o", "source.o"]
+        said = _run(toolchain, arguments, Path(folder))
         if not Path(folder, "source.o").exists():
             raise CompilerError(
                 f"{shlex.join(toolchain.command)} wrote no object file; set CC to a C compiler, or unset it"
             )
+        if frames := [int(found) for found in _FRAME.findall(said)]:
+            write_text(
+                _frame_file(compiled), str(max(frames))
+            )  # first: an object is complete once it is there
         os.replace(Path(folder, "source.o"), compiled)
     return compiled
 
 
-def _run(toolchain: Toolchain, arguments: Sequence[str], folder: Path) -> None:
+def _frame_file(compiled: Path) -> Path:
+    return compiled.with_suffix(".frame")
+
+
+def _run(toolchain: Toolchain, arguments: Sequence[str], folder: Path) -> str:
+    """Runs the compiler in `folder`; gives what it says on stderr."""
     done = subprocess.run(
         [*toolchain.command, *arguments], cwd=folder, capture_output=True, text=True, errors="replace"
     )
@@ -124,6 +149,7 @@ def _run(toolchain: Toolchain, arguments: Sequence[str], folder: Path) -> None:
             f"{shlex.join(toolchain.command)} ended with status {done.returncode}, expected 0; report "
             f"this with the model, and for code for this machine try another compiler in CC:\n{shown}"
         )
+    return done.stderr
 
 
 def _runtime() -> Path:

@@ -156,9 +156,13 @@ RULES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class AggregateOps:
-    """From a cluster to its micro-graphs; `forbidden` holds pairs of operator positions to keep apart."""
+    """From a cluster to its micro-graphs; `forbidden` holds pairs of operator positions to keep apart.
+
+    `stitches` says whether a reduction may be joined with what is computed from it (Layer II).
+    """
 
     limits: Limits = Limits()
+    stitches: bool = True
 
     def __call__(
         self,
@@ -168,10 +172,11 @@ class AggregateOps:
     ) -> tuple[MicroGraph, ...]:
         """`escaping` names the values that are needed outside the cluster."""
         growth = _Growth(cluster, self.limits, forbidden)
+        rules = RULES if self.stitches else [rule for rule in RULES if rule.allows is not _stitch]
         changed = True
         while changed:
             changed = False
-            for rule in RULES:
+            for rule in rules:
                 changed |= growth.apply(rule)
             changed |= growth.join_siblings()
         return tuple(_micro_graph([cluster[i] for i in g], cluster, escaping) for g in growth.groups())

@@ -97,16 +97,15 @@ class LoopFusion:
         context.set_schedule_max_constant_term(0)
         context.set_schedule_treat_coalescing(0)
         context.set_schedule_max_coefficient(1)
-        context.set_max_operations(self.isl_operations)
         try:
-            return _schedule(context, scop)
+            return _schedule(context, scop, self.isl_operations)
         except isl.Error as error:
             if "operations" in str(error):
                 return Refused(nodes, RULE, "isl ran out of operations", f"limit {self.isl_operations}")
             return Refused(nodes, RULE, "isl failed", str(error).splitlines()[0])
 
 
-def _schedule(context: isl.Context, scop: Scop) -> Fused | Refused:
+def _schedule(context: isl.Context, scop: Scop, isl_operations: int) -> Fused | Refused:
     nodes = tuple(s.name for s in scop.statements)
     parameters = Parameters({})
     macros = cluster_statements(scop.statements)
@@ -115,10 +114,11 @@ def _schedule(context: isl.Context, scop: Scop) -> Fused | Refused:
         return relations
     domain_text, reads_text, writes_text, inputs_text, order_text = relations
     domain = isl.UnionSet.read_from_str(context, domain_text)
-    reads = isl.UnionMap.read_from_str(context, reads_text).intersect_domain(domain)
-    writes = isl.UnionMap.read_from_str(context, writes_text).intersect_domain(domain)
-    inputs = isl.UnionMap.read_from_str(context, inputs_text).intersect_domain(domain)
-    order = isl.UnionMap.read_from_str(context, order_text).intersect_domain(domain)
+    reads, writes, inputs, order = (
+        isl.UnionMap.read_from_str(context, text).intersect_domain(domain)
+        for text in (reads_text, writes_text, inputs_text, order_text)
+    )
+    context.set_max_operations(isl_operations)  # now: reading what is broken off ends as a syntax error
     chained, free = _reduction_order(context, macros, domain)
     flow = _dependences(reads, writes, order).subtract(chained).union(free)
     validity = flow.union(_dependences(writes, reads.union(writes), order).subtract(chained)).coalesce()

@@ -57,7 +57,14 @@ FUSED = Report(
         RefusedReport(("conv_0", "conv_1"), "extract_clusters", "Conv stays with onnxruntime"),
         RefusedReport(("odd[0]",), "loop_fusion", "isl ran into its limit", "5 operations at most"),
     ),
-    feedback_rounds=(FeedbackRound(1, (("mul_0", "odd[0]"),), ("micro_graph_3",)),),
+    feedback_rounds=(
+        FeedbackRound(
+            1,
+            (("mul_0", "odd[0]"),),
+            ("mul_0, odd[0]: isl ran into its limit",),
+            RefusedReport(("mul_0", "odd[0]"), "loop_fusion", "isl ran into its limit", "5 at most"),
+        ),
+    ),
     verification=VerificationReport(passed=True, cases=8, max_abs_error=1e-6, max_rel_error=float("inf")),
     latency=LatencyReport(unfused_ms=2.0, fused_ms=1.25, speedup=1.6, runs=50, threads=2),
     layout="ort",

@@ -58,7 +58,17 @@ def test_json_has_the_values_of_the_report() -> None:
     assert isinstance(kernels, list) and isinstance(kernels[0], dict)
     assert kernels[0]["ops"] == ["Mul", "Add", "Relu"]
     assert written["feedback_rounds"] == [
-        {"round": 1, "forbidden_edges": [["mul_0", "odd[0]"]], "regrouped": ["micro_graph_3"]}
+        {
+            "round": 1,
+            "forbidden_edges": [["mul_0", "odd[0]"]],
+            "regrouped": ["mul_0, odd[0]: isl ran into its limit"],
+            "refused": {
+                "nodes": ["mul_0", "odd[0]"],
+                "rule": "loop_fusion",
+                "reason": "isl ran into its limit",
+                "evidence": "5 at most",
+            },
+        }
     ]
 
 
@@ -156,8 +166,8 @@ def test_the_explanation_gives_kernels_refusals_with_evidence_and_feedback() -> 
         "  loop_fusion: isl ran into its limit (1 node)\n"
         "    5 operations at most: odd[0]\n"
         "Feedback\n"
-        "  round 1: not together: mul_0 -> odd[0]\n"
-        "    grouped anew: micro_graph_3\n"
+        "  round 1: loop_fusion: isl ran into its limit (5 at most)\n"
+        "    grouped anew: mul_0, odd[0]; not together: mul_0 -> odd[0]\n"
     )
 
 
