@@ -1,6 +1,7 @@
 # make demo    fuse a real model and show what it gains
 # make test    the tests; `make test-all` adds the slow ones
 # make bench   measure the model set against onnxruntime
+# make bench-ablation   measure what each layer of the fusion gains
 # make scale   measure how the compiler's time and memory grow with the model
 # make lint    format, lint and type checks
 # make clean   remove what builds, tests and tools leave; .venv stays
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench scale lint clean
+.PHONY: demo test test-all bench bench-ablation scale lint clean
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
@@ -35,6 +36,11 @@ test-all: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
+
+bench-ablation: $(INSTALLED)
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.ablation --json build/ablation.json --markdown build/ablation.md \
+	--plot build/ablation.png $(BENCH_ARGS)
 
 scale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale $(SCALE_ARGS)
@@ -54,9 +60,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	{ echo "make: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	{ echo "make: $(PYTHON) cannot make a virtual environment; install its venv module" >&2; exit 1; }
-	@extras=dev; \
+	@extras=dev,notebook; \
 	if ! { [ -n "$${CC:-}" ] || command -v gcc || command -v clang || command -v cc; } >/dev/null; \
-	then extras=dev,cc; fi; \
+	then extras=$$extras,cc; fi; \
 	echo "installing apollo-fuse [$$extras] into $(VENV)"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$$extras]"
 	@touch $@

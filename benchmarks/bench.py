@@ -40,21 +40,21 @@ def measured(name: str, folder: Path, *, seconds: float, threads: int) -> Row:
     fused = folder / f"{name}.fused.onnx"
     settings = ["--seconds", str(seconds), "--threads", str(threads)]
 
-    def child(mode: str, *arguments: str) -> dict[str, object]:
-        return _child([mode, name, *arguments, *settings], folder / f"{name}.json")
+    def row_of(mode: str, *arguments: str) -> dict[str, object]:
+        return child("benchmarks.row", [mode, name, *arguments, *settings], folder / f"{name}.json")
 
     try:
-        row = replace(row, comparison=comparison_from(child("compare", "--fused", str(fused))))
+        row = replace(row, comparison=comparison_from(row_of("compare", "--fused", str(fused))))
         for _ in range(_SPINNING_TURNS):  # in turn: the machine may be busy with others for one of them
-            unfused = _timing(child("spinning"))
-            fused_timing = _timing(child("spinning", "--fused", str(fused)))
+            unfused = _timing(row_of("spinning"))
+            fused_timing = _timing(row_of("spinning", "--fused", str(fused)))
             row = replace(
                 row,
                 spinning_unfused=_least(row.spinning_unfused, unfused),
                 spinning_fused=_least(row.spinning_fused, fused_timing),
             )
         return row
-    except _Failed as failure:
+    except Failed as failure:
         return replace(row, error=str(failure))
     finally:
         for file in folder.glob(f"{name}.*"):
@@ -65,23 +65,24 @@ def _least(before: Timing | None, now: Timing) -> Timing:
     return now if before is None or now.minimum < before.minimum else before
 
 
-class _Failed(Exception):
+class Failed(Exception):
     """A measuring process did not end well; the message is the last line it wrote."""
 
 
-def _child(arguments: Sequence[str], result: Path) -> dict[str, object]:
-    mode, name, *rest = arguments
-    command = [sys.executable, "-m", "benchmarks.row", mode, name, str(result), *rest]
+def child(module: str, arguments: Sequence[str], result: Path) -> dict[str, object]:
+    """What the module writes to `result` as JSON, run in a process of its own. Raises Failed."""
+    what = arguments[0].lstrip("-")
+    command = [sys.executable, "-m", module, *arguments, "--result", str(result)]
     try:
         process = subprocess.run(
             command, cwd=_ROOT, capture_output=True, text=True, timeout=_ROW_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise _Failed(f"{mode}: no result within {_ROW_SECONDS:g} s") from None
+        raise Failed(f"{what}: no result within {_ROW_SECONDS:g} s") from None
     if process.returncode != 0:
         lines = process.stderr.strip().splitlines()
         last = lines[-1] if lines and process.returncode > 0 else f"ended with status {process.returncode}"
-        raise _Failed(f"{mode}: {last}")
+        raise Failed(f"{what}: {last}")
     record: dict[str, object] = json.loads(result.read_text())
     return record
 

@@ -92,7 +92,7 @@ def compare(name: str, output: Path, *, seconds: float, threads: int) -> Compari
     entry = models.find(name)
     shapes = tuple(apollo_fuse.InputShape(key, value) for key, value in entry.shapes.items() if value)
     options = apollo_fuse.Options(
-        threads=threads, shapes=shapes, inputs=_inputs(entry, feeds, output), remeasure=True
+        threads=threads, shapes=shapes, inputs=shipped_inputs(entry, feeds, output), remeasure=True
     )
     started = time.perf_counter()
     report = apollo_fuse.fuse(model, output, options=options)
@@ -104,9 +104,7 @@ def compare(name: str, output: Path, *, seconds: float, threads: int) -> Compari
     own_noise = noise(unfused_session, feeds, seconds=_NOISE_SHARE * seconds)
     unfused = unfused_session()
     fused = apollo_fuse.session(output, sess_options=session_options(threads))
-    difference = largest_difference(unfused.run(None, dict(feeds)), fused.run(None, dict(feeds)))
-    if not difference <= _AGREEMENT:
-        raise ValueError(f"the fused outputs differ by {difference:.3g}; expected {_AGREEMENT:g} or less")
+    difference = require_agreement(unfused.run(None, dict(feeds)), fused.run(None, dict(feeds)))
     before, after = interleaved([unfused, fused], feeds, seconds=seconds)
     share = memory_bound_share(model, feeds, seconds=_PROFILE_SHARE * seconds, threads=threads)
     return Comparison(
@@ -123,7 +121,7 @@ def compare(name: str, output: Path, *, seconds: float, threads: int) -> Compari
     )
 
 
-def _inputs(entry: Builder | RealModel, feeds: Mapping[str, np.ndarray], output: Path) -> Path | None:
+def shipped_inputs(entry: Builder | RealModel, feeds: Mapping[str, np.ndarray], output: Path) -> Path | None:
     """A file of the inputs for which random values make no sense, as `--inputs` takes it."""
     special = {name: array for name, array in feeds.items() if name in entry.chosen}
     if not special:
@@ -141,6 +139,14 @@ def spinning(name: str, fused: Path | None, *, seconds: float, threads: int) -> 
     else:
         session = apollo_fuse.session(fused, sess_options=options)
     return interleaved([session], models.feeds(name), seconds=seconds)[0]
+
+
+def require_agreement(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    """Their largest difference. Raises ValueError where that is more than rounding."""
+    difference = largest_difference(expected, found)
+    if not difference <= _AGREEMENT:
+        raise ValueError(f"the fused outputs differ by {difference:.3g}; expected {_AGREEMENT:g} or less")
+    return difference
 
 
 def largest_difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
@@ -175,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.row", description=__doc__)
     parser.add_argument("mode", choices=("compare", "spinning"))
     parser.add_argument("name", choices=models.names(), metavar="NAME")
-    parser.add_argument("result", type=Path, help="the JSON file to write")
+    parser.add_argument("--result", type=Path, required=True, help="the JSON file to write")
     parser.add_argument(
         "--fused", type=Path, help="the fused model: written by compare, measured by spinning"
     )

@@ -159,16 +159,16 @@ def to_markdown(rows: Sequence[Row], machine: Mapping[str, str], settings: Mappi
         ("Real models", [row for row in rows if row.real]),
     ):
         if members:
-            sections += [f"## {title}", _grid(_HEADER, map(_cells, members))]
+            sections += [f"## {title}", grid(_HEADER, map(_cells, members))]
     header = ("geometric mean of", "speed-up", "by median", "spinning on", "worst", "models", "failed")
-    sections += ["## Geometric means", _grid(header, map(_mean_cells, means(rows)))]
+    sections += ["## Geometric means", grid(header, map(_mean_cells, means(rows)))]
     reached = gains(rows)
     if reached:
         sections += [
             f"## Real models with more than {_LEAST_SHARE:.0%} memory-bound",
             f"Target: the speed-up that a memory-bound part {_TARGET_FACTOR:g} times as fast would give; "
             "gained: the part of the target's gain that was reached.",
-            _grid(("model", "memory-bound", "speed-up", "target", "gained"), map(_gain_cells, reached)),
+            grid(("model", "memory-bound", "speed-up", "target", "gained"), map(_gain_cells, reached)),
         ]
     return "\n\n".join(sections) + "\n"
 
@@ -203,12 +203,12 @@ def _cells(row: Row) -> tuple[str, ...]:
         name,
         f"{1e3 * found.unfused.minimum:.3f}",
         f"{1e3 * found.fused.minimum:.3f}",
-        f"{_times(found.speedup)}{' (!)' if found.slower else ''}",
-        _times(found.median_speedup),
-        _times(row.spinning_speedup),
-        _times(found.noise),
+        f"{times(found.speedup)}{' (!)' if found.slower else ''}",
+        times(found.median_speedup),
+        times(row.spinning_speedup),
+        times(found.noise),
         _percent(found.memory_bound_share),
-        _times(found.bound),
+        times(found.bound),
         _percent(found.won),
         f"{found.nodes_before} -> {found.nodes_after}",
         f"{found.distinct_kernels}",
@@ -218,15 +218,15 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _mean_cells(mean: Mean) -> tuple[str, ...]:
     figures = (mean.speedup, mean.median_speedup, mean.spinning_speedup, mean.worst)
-    return (mean.group, *map(_times, figures), str(mean.measured), str(mean.failed))
+    return (mean.group, *map(times, figures), str(mean.measured), str(mean.failed))
 
 
 def _gain_cells(gain: Gain) -> tuple[str, ...]:
     return (
         gain.name,
         _percent(gain.memory_bound_share),
-        _times(gain.speedup),
-        _times(gain.target),
+        times(gain.speedup),
+        times(gain.target),
         _percent(gain.fraction),
     )
 
@@ -235,10 +235,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _times(value: float | None) -> str:
+def times(value: float | None) -> str:
+    """A speed-up as text."""
     return "-" if value is None else f"{value:.2f}x"
 
 
-def _grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table, its first column to the left and the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
