@@ -13,7 +13,7 @@ from apollo_fuse.options import InputShape, Options
 from apollo_fuse.report import Report
 
 if TYPE_CHECKING:
-    from apollo_fuse.driver import fuse
+    from apollo_fuse.fusing import fuse
     from apollo_fuse.runtime import session
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "fuse":
-        from apollo_fuse.driver import fuse
+        from apollo_fuse.fusing import fuse
 
         return fuse
     if name == "session":

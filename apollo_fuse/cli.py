@@ -254,8 +254,8 @@ def main(
 
 
 def _fuse(model: Path, output: Path, options: Options, console: Console | None) -> Report:
-    # Imported when the command line is known to be right: the compiler takes a second to load.
-    from apollo_fuse.driver import fuse
+    # Imported when the command line is known to be right.
+    from apollo_fuse.fusing import fuse
 
     if console is None:
         return fuse(model, output, options, SilentProgress())

@@ -1,5 +1,6 @@
 """The processors that a library is made for: an architecture and, on x86-64, the levels of its psABI."""
 
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -112,3 +113,18 @@ def _x86_level() -> int:
             break
         level = candidate
     return level
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -12,29 +12,28 @@ from time import perf_counter
 import onnx_ir as ir
 import onnxruntime as ort
 
-from apollo_fuse import onnx_io
+from apollo_fuse import onnx_files
 from apollo_fuse.acceptance import Judgement, in_context, judge, needed_values
 from apollo_fuse.atomic import require_writable
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
-from apollo_fuse.codegen.toolchain import Toolchain
-from apollo_fuse.cpu import Cpu
+from apollo_fuse.codegen.toolchain import Toolchain, toolchains_for
+from apollo_fuse.cpu import Cpu, default_threads
 from apollo_fuse.errors import NoFeedsError, VerificationError
 from apollo_fuse.evidence import slower, spilled
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
-from apollo_fuse.graph import Refused, Value
+from apollo_fuse.graph import Value
 from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan, Planner
 from apollo_fuse.progress import Progress, SilentProgress
-from apollo_fuse.remembered import Decision, key_of, recall, remember
 from apollo_fuse.report import CompileSeconds, LatencyReport, LayoutReport, Report, VerificationReport
 from apollo_fuse.settle import Settle, Settled
 from apollo_fuse.settle_layout import Attempt, faster_layout, layouts
 from apollo_fuse.summary import Summary, solve, summarise
 from apollo_fuse.tolerance import Array
-from apollo_fuse.trial import Trial, default_threads, open_session
+from apollo_fuse.trial import Trial, open_session
 from apollo_fuse.verify import NOTHING
 
 
@@ -69,7 +68,6 @@ class _Compilation:
     given: dict[str, Array] = field(default_factory=dict)  # inputs that the user chose
     shapes: list[tuple[Value, tuple[int, ...]]] = field(default_factory=list)  # in the measured run
     toolchains: dict[Cpu, Toolchain] = field(default_factory=dict)
-    remembered: bool = False  # whether an earlier run had decided
 
     @property
     def threads(self) -> int:
@@ -84,16 +82,10 @@ class _Compilation:
         start = perf_counter()
         with self._timed("load"):
             require_writable(self.output)
-            onnx_io.check_output(self.path, self.output)
+            onnx_files.check_output(self.path, self.output)
         with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
             plans = [self._partition(layout, Path(folder)) for layout in layouts(self.options)]
-            key = self._key(plans, Path(folder))
-            taken = None if key is None else self._as_before(key, plans[0], Path(folder))
-            tried: tuple[LayoutReport, ...] = ()
-            if taken is None:
-                taken, tried = self._decide(plans, Path(folder))
-                if key is not None and taken.trial is not None:
-                    self._remember(key, taken)
+            taken, tried = self._decide(plans, Path(folder))
             with self._timed("write"):
                 library = self._write(taken)
                 summary = self._summary(taken)
@@ -127,35 +119,6 @@ class _Compilation:
         with self._timed("measure"):
             return faster_layout(attempts, original, feeds)
 
-    def _as_before(self, key: str, planned: _Planned, folder: Path) -> Attempt | None:
-        """What an earlier run of the same compilation came to; None where there was none."""
-        found = None if self.options.remeasure else recall(self.options.cache_dir, key)
-        if found is None:
-            return None
-        self.remembered = True
-        self.warnings += found.warnings
-        with self._timed("partition"):
-            chosen = planned.regrouped(found.regrouped)
-        self._dump(chosen, planned.layout)
-        for place, number, shape in found.shapes:
-            self.shapes.append((chosen.candidates[place].micro_graph.inputs[number], shape))
-        settled = found.settled(chosen.candidates)
-        kept = replace(chosen, candidates=settled.kept)
-        needed = settled.kept or settled.laid_out
-        trial = self._compile(kept, planned.start.clean, folder) if needed else None
-        return Attempt(planned.layout, planned.start.model, chosen, trial, settled, found.regrouped)
-
-    def _key(self, plans: Sequence[_Planned], folder: Path) -> str | None:
-        """The name of what is decided about a plan; None for several plans, or for one with no kernel."""
-        given = self.options.inputs
-        if len(plans) > 1 or not plans[0].chosen.candidates or (given is not None and not given.is_file()):
-            return None
-        with self._timed("inputs"):
-            compiler = self._toolchains()[self.tried]
-            facts = (str(self.threads), str(self.tried), compiler.identification, *compiler.command)
-            weights = sorted(file for file in folder.iterdir() if file.is_file())
-            return key_of([self.path, *weights], plans[0].chosen.candidates, self.options, facts)
-
     def _attempt(
         self,
         planned: _Planned,
@@ -173,13 +136,12 @@ class _Compilation:
         judged = self._judged(planned, {**start.defaults, **feeds}, place)
         self._dump(judged.chosen, layout)
         settled = self._settle(judged.chosen, judged.trial, original, feeds, judged.judgements, layout)
-        return Attempt(layout, start.model, judged.chosen, judged.trial, settled, judged.regrouped)
+        return Attempt(layout, start.model, judged.chosen, judged.trial, settled)
 
     def _judged(self, planned: _Planned, feeds: Mapping[str, Array], folder: Path) -> _Judged:
         """The plan once no kernel of it is sent back by what compiling or measuring shows."""
         chosen, planner = planned.chosen, planned.planner
         judgements: dict[str, Judgement] = {}
-        turns: list[Mapping[int, Refused]] = []
         while True:
             trial = self._compile(chosen, planned.start.clean, folder)
             refused = spilled(chosen.candidates, trial.build)
@@ -188,10 +150,9 @@ class _Compilation:
                 slow = slower(chosen.candidates, judgements)
                 refused = {p: r for p, r in slow.items() if planner.splits(chosen.candidates[p], r)}
             if not refused:
-                return _Judged(chosen, trial, judgements, tuple(turns))
+                return _Judged(chosen, trial, judgements)
             with self._timed("partition"):
                 chosen = planner.regroup(chosen, refused)
-            turns.append(refused)
 
     def _write(self, taken: Attempt) -> Path | None:
         """The written model's library, or None where it has none."""
@@ -201,7 +162,7 @@ class _Compilation:
         if taken.settled.laid_out and trial is not None:
             trial.write_laid_out(self.output)
         else:
-            onnx_io.write_unchanged(self.path, self.output)
+            onnx_files.write_unchanged(self.path, self.output)
         link.remove_library(self.output.with_suffix(".so"))
         return None
 
@@ -227,9 +188,7 @@ class _Compilation:
     def _toolchains(self) -> Mapping[Cpu, Toolchain]:
         """The compilers for all targets, looked up once and before anything is compiled."""
         if not self.toolchains:
-            environment = {**os.environ, "CC": self.options.compiler or ""}
-            cpus = dict.fromkeys((self.tried, *self.options.cpu.cpus))
-            self.toolchains = {cpu: Toolchain.find(environment, cpu) for cpu in cpus}
+            self.toolchains = toolchains_for(self.options)
         return self.toolchains
 
     def _builds(self, kept: Sequence[Candidate], tried: link.Build) -> list[link.Build]:
@@ -325,27 +284,6 @@ class _Compilation:
                 if own.name is not None and own.name in arrays:
                     self.shapes.append((value, arrays[own.name].shape))
 
-    def _remember(self, key: str, taken: Attempt) -> None:
-        chosen, settled = taken.chosen, taken.settled
-        kept = {id(x) for x in settled.kept}
-        shapes = {id(value): shape for value, shape in self.shapes}
-        decision = Decision(
-            tuple(place for place, x in enumerate(chosen.candidates) if id(x) in kept),
-            settled.judgements,
-            settled.latency,
-            settled.verdict,
-            settled.laid_out,
-            tuple(
-                (place, number, shapes[id(value)])
-                for place, x in enumerate(chosen.candidates)
-                for number, value in enumerate(x.micro_graph.inputs)
-                if id(value) in shapes
-            ),
-            tuple(self.warnings),
-            taken.regrouped,
-        )
-        remember(self.options.cache_dir, key, decision)
-
     def _dump(self, chosen: Plan, layout: Layout) -> None:
         if self.options.dump is not None:
             folder = self.options.dump / layout if self.options.layout == "auto" else self.options.dump
@@ -399,7 +337,6 @@ class _Compilation:
             layouts=tried,
             beside_convolutions=sum(in_context(x) for x in chosen.candidates),
             compile_seconds=self._compile_seconds(chosen),
-            remembered=self.remembered,
             warnings=tuple(self.warnings),
         )
 
@@ -418,22 +355,14 @@ class _Planned:
     planner: Planner
     chosen: Plan
 
-    def regrouped(self, turns: Sequence[Mapping[int, Refused]]) -> Plan:
-        """The plan after these turns of the feedback."""
-        chosen = self.chosen
-        for refused in turns:
-            chosen = self.planner.regroup(chosen, refused)
-        return chosen
-
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """The plan that the feedback from compiled and measured kernels led to, in these turns."""
+    """The plan that the feedback from compiled and measured kernels led to."""
 
     chosen: Plan
     trial: Trial
     judgements: dict[str, Judgement]
-    regrouped: tuple[Mapping[int, Refused], ...]
 
 
 @dataclass(slots=True)

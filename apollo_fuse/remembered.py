@@ -1,7 +1,7 @@
-"""What an earlier run of the same compilation decided: which kernels stay, and what was found of each.
+"""What an earlier run of the same compilation came to: the report, the library, the model around its weights.
 
-Verifying and measuring take most of a compilation's time, and find the same again where the model, the
-kernels, the options, the versions and the machine are the same. All of these are in the key.
+A compilation finds and writes the same again where the model, the options, the code, the versions and the
+machine are the same. All of these are in the key; weights that the model's files hold stay there.
 """
 
 from __future__ import annotations
@@ -9,112 +9,154 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
-from apollo_fuse.acceptance import Judgement
-from apollo_fuse.atomic import write_text
-from apollo_fuse.fusion import Candidate
-from apollo_fuse.graph import Refused
+from apollo_fuse import onnx_files, wire
+from apollo_fuse.atomic import replacing
+from apollo_fuse.cpu import cpu_name
 from apollo_fuse.options import Options
-from apollo_fuse.report import LatencyReport
-from apollo_fuse.settle import Settled
-from apollo_fuse.summary import cpu_name
-from apollo_fuse.verify import Verdict
+from apollo_fuse.report import (
+    CompileSeconds,
+    FeedbackRound,
+    KernelReport,
+    LatencyReport,
+    LayoutReport,
+    RefusedReport,
+    Report,
+    VerificationReport,
+)
+from apollo_fuse.versions import versions
 
-_PACKAGES = ("numpy", "onnx", "onnxruntime")
+_REPORT, _MODEL, _LIBRARY = "report.json", "model.onnx", "library.so"
+_MOST = 1 << 28  # bytes of weights of its own that a result may have and is remembered
+_ROOM = 1 << 30  # bytes that all results take; what was not used for longest goes first
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """A `Settled` in terms of the candidates' places, with the shapes and the warnings of the run.
+class Outcome:
+    """What a compilation came to; `report` names the files of the run that it is from.
 
-    shapes: candidate, input, and the shape that the input had.
-    regrouped: what the feedback refused, turn by turn; places elsewhere are those behind the last turn.
+    model: the serialised written model, whose larger weights lie outside, where `onnx_files.file_of` finds
+    them for the original; None for one that was written unchanged. library: its custom-op library, if any.
     """
 
-    kept: tuple[int, ...]
-    judgements: Mapping[str, Judgement]
-    latency: LatencyReport
-    verdict: Verdict
-    laid_out: bool
-    shapes: tuple[tuple[int, int, tuple[int, ...]], ...]
-    warnings: tuple[str, ...]
-    regrouped: tuple[Mapping[int, Refused], ...]
-
-    def settled(self, candidates: Sequence[Candidate]) -> Settled:
-        kept = tuple(candidates[place] for place in self.kept)
-        return Settled(kept, self.latency, self.verdict, self.judgements, self.laid_out)
+    report: Report
+    model: bytes | None
+    library: bytes | None
 
 
-def key_of(
-    files: Iterable[Path], candidates: Iterable[Candidate], options: Options, facts: Iterable[str]
-) -> str:
-    """The name of a decision: `files` hold the model and its weights, `facts` whatever else it rests on."""
-    key = hashlib.sha256()
+def key_of(path: Path, options: Options, facts: Iterable[str]) -> str:
+    """The name of a result for the model at `path`; `facts` are what it rests on beside model and options."""
+    beside = sorted(onnx_files.data_files(path, onnx_files.read(path)))
     given = () if options.inputs is None else (options.inputs,)
-    for file in (*files, *given, *_own_files()):
+    key = hashlib.sha256()
+    for file in (path, *beside, *given, *_own_files()):
         with file.open("rb") as content:
-            key.update(hashlib.file_digest(content, "blake2b").digest())
+            key.update(hashlib.file_digest(content, "sha256").digest())
     chosen = replace(options, inputs=None, dump=None, cache_dir=Path(), remeasure=False)
-    texts = (repr(chosen), cpu_name(), *(f"{name} {version(name)}" for name in _PACKAGES), *facts)
-    for text in (*texts, *(part for x in candidates for part in (x.variant, x.source))):
+    for text in (repr(chosen), cpu_name(), repr(versions()), *facts):
         key.update(f"{len(text)}:{text}".encode())
     return key.hexdigest()
 
 
-def recall(cache: Path, key: str) -> Decision | None:
-    """The decision with this key, or None where there is none that can be read."""
+def recall(cache: Path, key: str) -> Outcome | None:
+    """The result with this key, or None where there is none that can be read."""
+    place = _place(cache, key)
     try:
-        return _decoded(json.loads(_place(cache, key).read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+        with zipfile.ZipFile(place) as file:
+            held = {name: file.read(name) for name in file.namelist()}
+        outcome = Outcome(_decoded(held[_REPORT]), held.get(_MODEL), held.get(_LIBRARY))
+        os.utime(place)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None  # never made, or damaged: it is made anew
+    return outcome
 
 
-def remember(cache: Path, key: str, decision: Decision) -> None:
+def remember(cache: Path, key: str, report: Report) -> None:
+    """Keeps what the report tells of, and the files that it names, unless that would take much room."""
+    held = {_REPORT: json.dumps(asdict(report), default=str).encode()}
+    if report.library is not None or report.made_for is not None:
+        model = _around_weights(report.model, report.output)
+        if model is None:
+            return
+        held[_MODEL] = model
+    if report.library is not None:
+        held[_LIBRARY] = report.library.read_bytes()
     place = _place(cache, key)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_text(place, json.dumps(asdict(decision)))
+    with replacing(place) as temporary, zipfile.ZipFile(temporary, "x") as file:
+        for name, content in held.items():
+            file.writestr(name, content)
+    _make_room(place.parent)
 
 
 def _place(cache: Path, key: str) -> Path:
-    return cache / "decisions" / f"{key}.json"
+    return cache / "results" / f"{key}.zip"
 
 
-def _decoded(found: dict[str, object]) -> Decision:
-    shapes, judgements, regrouped = (found[n] for n in ("shapes", "judgements", "regrouped"))
-    latency, verdict, kept, warnings = (found[n] for n in ("latency", "verdict", "kept", "warnings"))
-    if not (
-        isinstance(shapes, list)
-        and isinstance(judgements, dict)
-        and isinstance(latency, dict)
-        and isinstance(verdict, dict)
-        and isinstance(kept, list)
-        and isinstance(warnings, list)
-        and isinstance(regrouped, list)
-    ):
-        raise TypeError("not a decision")
-    return Decision(
-        tuple(int(place) for place in kept),
-        {
-            variant: Judgement(**{**j, "verdict": Verdict(**j["verdict"])})
-            for variant, j in judgements.items()
-        },
-        LatencyReport(**latency),
-        Verdict(**verdict),
-        bool(found["laid_out"]),
-        tuple((int(c), int(i), tuple(map(int, shape))) for c, i, shape in shapes),
-        tuple(map(str, warnings)),
-        tuple(
-            {int(place): Refused((), r["rule"], r["reason"], r["evidence"]) for place, r in turn.items()}
-            for turn in regrouped
-        ),
-    )
+def _around_weights(original: Path, written: Path) -> bytes | None:
+    """The written model around the weights that the original's files hold too; None for many others."""
+    model = onnx_files.read(written)
+    known = {x.name: x for x in onnx_files.read(original).graph.initializer if wire.is_outside(x)}
+    own = 0
+    for tensor in onnx_files.outside(model):
+        place = wire.span(tensor, onnx_files.file_of(written))
+        same = known.get(tensor.name)
+        if same is not None and wire.span(same, onnx_files.file_of(original)).holds_what(place):
+            tensor.ClearField("external_data")
+            tensor.external_data.extend(same.external_data)
+            continue
+        own += place.length
+        if own > _MOST:
+            return None
+        onnx_files.take_in(tensor, onnx_files.file_of(written))
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _make_room(folder: Path) -> None:
+    held = sorted(((x.stat().st_mtime_ns, x.stat().st_size, x) for x in folder.glob("*.zip")), reverse=True)
+    taken = 0
+    for _, size, file in held:
+        taken += size
+        if taken > _ROOM:
+            file.unlink(missing_ok=True)
+
+
+def _decoded(text: bytes) -> Report:
+    """A report from its JSON, in which every sequence is a list."""
+    found = _frozen(json.loads(text))
+    if not isinstance(found, dict):
+        raise TypeError("not a report")
+    parts = {
+        "kernels": KernelReport,
+        "refused": RefusedReport,
+        "feedback_rounds": FeedbackRound,
+        "layouts": LayoutReport,
+    }
+    rounds = tuple({**x, "refused": RefusedReport(**x["refused"])} for x in found["feedback_rounds"])
+    found["feedback_rounds"] = rounds
+    whole = {"verification": VerificationReport, "latency": LatencyReport, "compile_seconds": CompileSeconds}
+    many = {name: tuple(kind(**part) for part in found[name]) for name, kind in parts.items()}
+    return Report(**{**found, **many, **{name: kind(**found[name]) for name, kind in whole.items()}})
+
+
+def _frozen(value: object) -> object:
+    match value:
+        case list():
+            return tuple(map(_frozen, value))
+        case dict():
+            return {name: _frozen(part) for name, part in value.items()}
+    return value
 
 
 def _own_files() -> list[Path]:
-    """The code that judges, and what is compiled into every kernel."""
-    package = Path(str(importlib.resources.files("apollo_fuse")))
-    return sorted([*package.glob("*.py"), *(package / "runtime").glob("*.[ch]")])
+    """The code of the compiler, and what is compiled into every library."""
+    package = importlib.resources.files("apollo_fuse")
+    folders = os.walk(str(package), followlinks=True)  # passes and codegen are links in a checkout
+    files = (Path(folder, name) for folder, _, names in folders for name in names)
+    return sorted(file for file in files if file.suffix in (".py", ".c", ".h"))

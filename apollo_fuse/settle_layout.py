@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import onnxruntime as ort
 
-from apollo_fuse.graph import Refused
 from apollo_fuse.layout import Layout
 from apollo_fuse.measure import interleaved
 from apollo_fuse.options import Options
@@ -30,7 +29,6 @@ class Attempt:
     chosen: Plan
     trial: Trial | None
     settled: Settled
-    regrouped: tuple[Mapping[int, Refused], ...] = ()  # the turns of the feedback behind `chosen`
 
 
 def layouts(options: Options) -> tuple[Layout, ...]:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 
-import onnx
 import onnx_ir as ir
 
-from apollo_fuse import extents
+from apollo_fuse import extents, onnx_files
 from apollo_fuse.acceptance import Judgement
 from apollo_fuse.bodies import nodes
+from apollo_fuse.cpu import cpu_name
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Value
 from apollo_fuse.index import Index, Symbol
 from apollo_fuse.partition import Plan
 from apollo_fuse.report import FeedbackRound, KernelReport, RefusedReport
-
-_PACKAGES = ("apollo-fuse", "onnx", "onnxruntime", "onnx-ir", "islpy", "numpy", "triton")
+from apollo_fuse.versions import versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +52,9 @@ def summarise(
     kept = {x.variant for x in fused}
     return Summary(
         cpu_name(),
-        {name: found for name in _PACKAGES if (found := _version(name))}
-        | {"python": platform.python_version()},
-        node_count(onnx.load(path, load_external_data=False).graph),
-        node_count(onnx.load(output, load_external_data=False).graph),
+        versions(),
+        onnx_files.node_count(onnx_files.read(path).graph),
+        onnx_files.node_count(onnx_files.read(output).graph),
         tuple(_kernel(same, judgements[key], key in kept, sizes) for key, same in uses.items()),
         tuple(RefusedReport(r.nodes, r.rule, r.reason, r.evidence) for r in chosen.refused),
         tuple(
@@ -180,32 +176,3 @@ def evaluate(index: Index, sizes: Mapping[Symbol, int]) -> int:
         return number
     known = index.substitute({symbol: Index.of(sizes.get(symbol, 1)) for symbol in index.symbols()})
     return known.constant if known.constant is not None else 1
-
-
-def node_count(graph: onnx.GraphProto) -> int:
-    """Nodes of a graph and of the bodies in it, less the Constants, which do nothing at run time."""
-    return sum((node.op_type != "Constant") + sum(map(node_count, _bodies(node))) for node in graph.node)
-
-
-def _bodies(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,8 +99,3 @@ def _relocated(candidate: Candidate, positions: Mapping[int, ir.Node]) -> Interf
         tuple(values[v] for v in part.inputs),
         tuple(values[v] for v in part.outputs),
     )
-
-
-def default_threads() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import apollo_fuse
 import models
+from apollo_fuse.cpu import cpu_name
 from apollo_fuse.measure import Timing
-from apollo_fuse.summary import cpu_name
 from benchmarks.row import comparison_from
 from benchmarks.table import Row, to_json, to_markdown
 from models import RealModel

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from apollo_fuse.cpu import Cpu
 from apollo_fuse.errors import CompilerError, NoCompilerError
+from apollo_fuse.options import Options
 
 # No -ffast-math: NaN, infinities and signed zeros keep their meaning, and so does the order of additions.
 # Only what no kernel can observe (errno, floating-point traps) is given up.
@@ -80,6 +81,13 @@ class Toolchain:
         name = str(self.cpu).replace("-", "_") if self.is_zig else str(self.cpu)
         wide = ("-mprefer-vector-width=512",) if self.cpu.level == 4 else ()
         return (f"-march={name}", *wide)
+
+
+def toolchains_for(options: Options) -> dict[Cpu, Toolchain]:
+    """The compilers for the processor that kernels are tried on, and for all targets."""
+    environment = {**os.environ, "CC": options.compiler or ""}
+    tried = options.cpu.tried_on(Cpu.native())
+    return {cpu: Toolchain.find(environment, cpu) for cpu in dict.fromkeys((tried, *options.cpu.cpus))}
 
 
 def _native_command(environment: Mapping[str, str]) -> tuple[str, ...]:

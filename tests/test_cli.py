@@ -22,10 +22,10 @@ SCHEMA = json.loads(Path(cli.__file__).with_name("report.schema.json").read_text
 
 
 class StubDriver(types.ModuleType):
-    """Stands for `apollo_fuse.driver`: keeps what it was called with, and answers with a given result."""
+    """Stands for `apollo_fuse.fusing`: keeps what it was called with, and answers with a given result."""
 
     def __init__(self) -> None:
-        super().__init__("apollo_fuse.driver")
+        super().__init__("apollo_fuse.fusing")
         self.calls: list[tuple[Path, Path, Options]] = []
         self.result: Report | Exception = FUSED
 
@@ -43,7 +43,7 @@ class StubDriver(types.ModuleType):
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> StubDriver:
     stub = StubDriver()
-    monkeypatch.setitem(sys.modules, "apollo_fuse.driver", stub)
+    monkeypatch.setitem(sys.modules, "apollo_fuse.fusing", stub)
     return stub
 
 

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import apollo_fuse
-from apollo_fuse import onnx_io
+from apollo_fuse import onnx_files, onnx_io
 from apollo_fuse.driver import fuse
 from apollo_fuse.errors import OutputError
 from apollo_fuse.options import Options
@@ -112,7 +112,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_weights_in_several_files_come_along_and_stay_where_they_were(
     model: Path, limit: int, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_io, "_LARGE", limit)
+    monkeypatch.setattr(onnx_files, "_LARGE", limit)
     before = hashes(model.parent)
     (tmp_path / "out").mkdir()
     report = fused(model, tmp_path / "out" / "net.onnx", cache)
@@ -129,7 +129,7 @@ def test_weights_in_several_files_come_along_and_stay_where_they_were(
 def test_a_large_result_is_replaced_with_its_weights(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_io, "_LARGE", 0)
+    monkeypatch.setattr(onnx_files, "_LARGE", 0)
     output = model.with_name("fused.onnx")
     for _ in range(2):
         fused(model, output, cache)
