@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ _SHORT = 50e-6
 """A run under this many seconds is repeated inside one reading: reading the clock costs too much of it."""
 _READING = 400e-6
 """Seconds that one reading of such a run takes, about."""
+_MISSED = 1e-3
+"""How often a bound of `ratio_bounds` is wrong."""
 _WARM_UP_RUNS = 2
 _WARM_UP_SHARE = 0.1
 _SEVERITY_ERROR = 3
@@ -62,11 +65,13 @@ def interleaved(
     seconds: float,
     minimum_runs: int = 5,
     maximum_runs: int = 10_000,
+    enough: Callable[[Sequence[Sequence[float]]], bool] = lambda readings: False,
 ) -> list[Timing]:
     """The timing of each session on the same inputs, read in turn: A B, B A, A B, ...
 
     Inputs and outputs are bound, so that no copy of them is measured.  The rounds end after `seconds` for
-    all sessions together, yet not before `minimum_runs` readings of each and never after `maximum_runs`.
+    all sessions together, yet not before `minimum_runs` readings of each and never after `maximum_runs`. They
+    end sooner where `enough` is true of the readings so far, in seconds, of each session.
     """
     if not sessions:
         raise ValueError("no session to measure")
@@ -86,7 +91,25 @@ def interleaved(
             for position in order:
                 readings[position].append(_reading(runs[position], repeats))
             order.reverse()
+            if len(readings[0]) >= minimum_runs and enough(readings):
+                break
     return [Timing(min(times), statistics.median(times), len(times)) for times in readings]
+
+
+def ratio_bounds(times: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Between what the median of the quotients lies, of readings that were taken in turn.
+
+    By the sign test, whatever the distribution: one in a thousand such intervals misses it to either side.
+    Too few readings bound nothing.
+    """
+    ratios = sorted(a / b for a, b in zip(times, others, strict=True))
+    count, beyond, tail = len(ratios), 0, 0.0
+    while True:
+        tail += math.comb(count, beyond) / 2**count
+        if tail > _MISSED:
+            break
+        beyond += 1
+    return (ratios[beyond - 1], ratios[-beyond]) if beyond else (0.0, math.inf)
 
 
 def noise(

@@ -12,7 +12,7 @@ from apollo_fuse.acceptance import Judgement
 from apollo_fuse.errors import ApolloFuseError, NoFeedsError, what_onnxruntime_says
 from apollo_fuse.feeds import runnable_feeds
 from apollo_fuse.fusion import Candidate
-from apollo_fuse.measure import Timing, interleaved
+from apollo_fuse.measure import Timing, interleaved, ratio_bounds
 from apollo_fuse.report import LatencyReport
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial
@@ -20,6 +20,8 @@ from apollo_fuse.verify import NOTHING, Verdict, coarsest, failed, verify
 
 CLEAR_GAIN = 1.3  # from this speed-up on a kernel is a clear winner
 MODEL_RUNS = 300  # at most, of each model in one measurement
+SMALL = 0.01  # share of a run's time that is not worth a measurement of the model
+LEAST_SECONDS = 0.25  # of readings, before the verdict can be clear
 HOPELESS = 1.05  # share of the unfused time from which a longer measurement is no use
 BOUND_WINS = 0.95  # share of a portable model's time that a machine-bound one has to stay below
 WHOLE_MODEL_WINS = 0.98  # share of the unfused time that a fused model has to stay below
@@ -68,15 +70,19 @@ class Settle:
     def fastest(self, accepted: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], LatencyReport]:
         """Measures the model with all kernels and with the clearest winners alone, and keeps the best.
 
-        What wins nothing, and yet might, is measured once more, for longer, before it is given up.
+        What the other kernels save may be too little to measure the model for. What wins nothing, and yet
+        might, is measured once more, for longer, before it is given up.
         """
         threads = self.trial.threads
         clear = tuple(x for x in accepted if _gain(self.judgements[x.variant]) >= CLEAR_GAIN)
-        choices = [tuple(accepted)] + ([clear] if clear and len(clear) < len(accepted) else [])
-        # one after the other: a session holds all weights once more
-        pairs = [self._measured(choice, seconds=1.0) for choice in choices]
-        best = min(range(len(pairs)), key=lambda n: pairs[n][1].median / pairs[n][0].median)
-        kept, (unfused, fused) = choices[best], pairs[best]
+        others = [x for x in accepted if x not in clear]
+        kept = tuple(accepted)
+        unfused, fused = self._measured(kept, seconds=1.0)
+        if clear and others and not (_wins(fused, unfused) and self._saved(others) < SMALL * unfused.median):
+            # one after the other: a session holds all weights once more
+            without, with_clear = self._measured(clear, seconds=1.0)
+            if with_clear.median / without.median < fused.median / unfused.median:
+                kept, unfused, fused = clear, without, with_clear
         if not _wins(fused, unfused) and fused.median < HOPELESS * unfused.median:
             unfused, fused = self._measured(kept, seconds=3.0)
         if not _wins(fused, unfused):
@@ -85,13 +91,19 @@ class Settle:
         self._drop([x for x in accepted if x not in kept], "the model is faster without it")
         return kept, _latency(unfused, fused, threads)
 
+    def _saved(self, candidates: Sequence[Candidate]) -> float:
+        """Seconds of a run that these kernels save, going by what each saves alone."""
+        found = (self.judgements[x.variant] for x in candidates)
+        return sum(j.unfused - j.fused for j in found if j.unfused is not None and j.fused is not None)
+
     def _measured(self, chosen: tuple[Candidate, ...], seconds: float) -> tuple[Timing, Timing]:
-        """Latency without and with these kernels, measured in turn for `seconds` each."""
+        """Latency without and with these kernels, in turn for `seconds` each or until it is clear."""
         unfused, fused = interleaved(
             [self.original, self._open(chosen)],
             self.feeds,
             seconds=2 * seconds,
             maximum_runs=MODEL_RUNS,
+            enough=_is_clear,
         )
         return unfused, fused
 
@@ -144,6 +156,15 @@ def _gain(judgement: Judgement) -> float:
     if judgement.unfused is None or judgement.fused is None:
         return 0.0
     return judgement.unfused / judgement.fused
+
+
+def _is_clear(readings: Sequence[Sequence[float]]) -> bool:
+    """Whether more readings of the unfused and the fused model would not change the verdict."""
+    unfused, fused = readings
+    if sum(unfused) + sum(fused) < LEAST_SECONDS:
+        return False
+    low, high = ratio_bounds(fused, unfused)
+    return high < WHOLE_MODEL_WINS or low > HOPELESS
 
 
 def _wins(fused: Timing, unfused: Timing) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
@@ -67,6 +68,30 @@ def test_short_runs_are_repeated_inside_a_reading(monkeypatch: pytest.MonkeyPatc
     (timing,) = measure.interleaved([doubled()], FEEDS, seconds=0, minimum_runs=3, maximum_runs=3)
     assert timing.minimum == pytest.approx(10e-6)
     assert now == pytest.approx((2 + 3 * 40) * 10e-6)
+
+
+def test_rounds_end_where_the_readings_are_enough() -> None:
+    seen: list[int] = []
+
+    def enough(readings: Sequence[Sequence[float]]) -> bool:
+        seen.append(len(readings[0]))
+        assert len(readings) == 2 and len(readings[1]) == len(readings[0])
+        return len(readings[0]) >= 6
+
+    timings = measure.interleaved([doubled(), doubled()], FEEDS, seconds=60, minimum_runs=4, enough=enough)
+    assert seen == [4, 5, 6]
+    assert [timing.runs for timing in timings] == [6, 6]
+
+
+def test_the_bounds_of_a_median_quotient_need_readings_and_miss_it_seldom() -> None:
+    random = np.random.default_rng(0)
+    assert measure.ratio_bounds([1.0] * 9, [2.0] * 9) == (0.0, np.inf)
+    assert measure.ratio_bounds([1.0] * 10, [2.0] * 10) == (0.5, 0.5)
+    times = 0.9 * random.lognormal(0.0, 0.05, (1000, 40))
+    found = np.array([measure.ratio_bounds(list(row), [1.0] * 40) for row in times])
+    assert np.count_nonzero(found[:, 0] > 0.9) <= 5
+    assert np.count_nonzero(found[:, 1] < 0.9) <= 5
+    assert np.median(found[:, 1] - found[:, 0]) < 0.1
 
 
 def test_noise_is_the_larger_over_the_smaller_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
