@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import op_interface, unpack
-from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
 from apollo_fuse.index import ONE, Index, Indirect, Iterator
 from apollo_fuse.kernel import (
@@ -64,6 +63,7 @@ class _Writer:
     lines: list[str] = field(default_factory=list)
     depth: int = 1
     hoisted: dict[Load, str] = field(default_factory=dict)  # reads that a variable outside of the loop holds
+    extremes: dict[str, str] = field(default_factory=dict)  # as `float_extremes` of the lane loop around
 
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)
@@ -108,13 +108,21 @@ class _Writer:
             self.hoisted[load] = f"{load.tensor}_{len(self.hoisted)}"
             text = self.read(Target(load.tensor, load.indices[0]))
             self.line(f"const {c.compute_type(load.dtype)} {self.hoisted[load]} = {text};")
+        outer = self.extremes
         if loop.kind is LoopKind.LANE:
+            self.extremes = self.float_extremes(loop)
+            for buffer, kind in self.extremes.items():
+                self.line(f"{kind} {buffer}_nan = {buffer} != {buffer};")
             self.line("#pragma omp simd" + "".join(self.clauses(loop)))
         self.line(f"for (int64_t {name} = 0; {name} < {end}; {name}++) {{")
         self.depth += 1
         self.steps(loop.body)
         self.depth -= 1
         self.line("}")
+        if loop.kind is LoopKind.LANE:
+            for buffer in self.extremes:
+                self.line(f"{buffer} = {buffer}_nan ? NAN : {buffer};")
+            self.extremes = outer
         for load in invariant:
             del self.hoisted[load]
         if scoped:
@@ -135,9 +143,23 @@ class _Writer:
             if isinstance(step, Compute) and step.combine is not None:
                 (target,) = step.targets
                 if target.buffer in self.scalars:
-                    dtype = self.kernel.buffer(target.buffer).dtype
-                    found[f" reduction({_combiner(step.combine, dtype)} : {target.buffer})"] = None
+                    found[f" reduction({_combiner(step.combine)} : {target.buffer})"] = None
+        found |= {f" reduction(| : {buffer}_nan)": None for buffer in self.extremes}
         return list(found)
+
+    def float_extremes(self, loop: Loop) -> dict[str, str]:
+        """Accumulators of the greatest or least number over the lanes, each with the type of its NaN flag.
+
+        The compilers' own reductions pass no NaN on, and others join their lanes one by one.
+        """
+        found: dict[str, str] = {}
+        for step in walk(loop.body):
+            if isinstance(step, Compute) and step.combine in (Op.MAX, Op.MIN):
+                (target,) = step.targets
+                dtype = self.kernel.buffer(target.buffer).dtype.compute
+                if target.buffer in self.scalars and dtype.is_float:
+                    found[target.buffer] = f"int{8 * dtype.size}_t"
+        return found
 
     def compute(self, step: Compute) -> None:
         prefix = step.statement.lower()
@@ -160,6 +182,11 @@ class _Writer:
             value = c.apply(step.combine, (place_text, f"({result})"), (dtype, dtype), dtype)
             if step.combine is Op.ADD:
                 self.line(f"{place_text} += {result};")
+            elif target.buffer in self.extremes:
+                self.line(f"const {c.compute_type(dtype)} {prefix} = {result};")
+                self.line(f"{target.buffer}_nan |= {prefix} != {prefix};")
+                sign = ">" if step.combine is Op.MAX else "<"
+                self.line(f"{target.buffer} = {target.buffer} {sign} {prefix} ? {target.buffer} : {prefix};")
             else:
                 self.line(f"{place_text} = {value};")
             return
@@ -214,14 +241,12 @@ def _is_number(block: Block, place: int) -> bool:
     return isinstance(item, Constant) and item.value == item.value
 
 
-def _combiner(op: Op, dtype: DType) -> str:
+def _combiner(op: Op) -> str:
     match op:
         case Op.ADD:
             return "+"
         case Op.MUL:
             return "*"
-        case _ if dtype.compute.is_float:
-            return f"af_{op.value}_{c.SUFFIX[dtype.compute]}"
         case _:
             return str(op.value)
 

@@ -27,6 +27,8 @@ _COMMON_FLAGS = (
     "-fwrapv",
     "-ffp-contract=off",
 )
+# gcc's jump threading splits lanes by the branches of a clamp, and computes what follows it once for each.
+_GCC_FLAGS = ("-fno-thread-jumps",)
 # zig's clang adds the undefined-behaviour sanitizer on its own, and debug information with our paths.
 _ZIG_FLAGS = ("-fno-sanitize=undefined", "-g0")
 _ZIG = (sys.executable, "-m", "ziglang", "cc")
@@ -63,6 +65,11 @@ class Toolchain:
         return re.search(r"\bzig(lang)?\b", " ".join((*self.command, self.identification))) is not None
 
     @property
+    def is_gcc(self) -> bool:
+        """Whether this is gcc, by the notice that stands below its version."""
+        return "Free Software Foundation" in self.identification
+
+    @property
     def portable_flags(self) -> tuple[str, ...]:
         """The flags of code that any processor of this architecture must run."""
         return replace(self, cpu=self.cpu.baseline).flags
@@ -70,7 +77,7 @@ class Toolchain:
     @property
     def flags(self) -> tuple[str, ...]:
         """The flags of kernels."""
-        own = _ZIG_FLAGS if self.is_zig else ()
+        own = _ZIG_FLAGS if self.is_zig else _GCC_FLAGS if self.is_gcc else ()
         return (*_COMMON_FLAGS, *own, f"-DAF_LEVEL={self.cpu.level}", *self._processor_flags)
 
     @property
