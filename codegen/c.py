@@ -59,7 +59,6 @@ def table(names: Sequence[str], levels: Iterable[int]) -> str:
 class _Writer:
     kernel: Kernel
     scalars: frozenset[str]  # buffers that are plain variables
-    inputs: frozenset[str]  # tensors that nothing in the kernel writes
     lines: list[str] = field(default_factory=list)
     depth: int = 1
     hoisted: dict[Load, str] = field(default_factory=dict)  # reads that a variable outside of the loop holds
@@ -130,10 +129,14 @@ class _Writer:
             self.line("}")
 
     def invariant(self, loop: Loop) -> list[Load]:
-        """Reads alike for all lanes; under a condition, one keeps a loop from being vectorised."""
+        """Reads alike for all lanes; under a condition, one keeps a loop from being vectorised.
+
+        Of tensors that the kernel writes too, where it does so before the loop.
+        """
         inside = {loop.iterator} | {step.iterator for step in walk(loop.body) if isinstance(step, Loop)}
+        changing = self.scalars | _written(loop)
         loads = (load for step in walk(loop.body) if isinstance(step, Compute) for load in step.block.loads)
-        alike = (x for x in loads if x.tensor in self.inputs and not x.indices[0].iterators() & inside)
+        alike = (x for x in loads if not _tensors(x) & changing and not x.indices[0].iterators() & inside)
         return list(dict.fromkeys(alike))
 
     def clauses(self, loop: Loop) -> list[str]:
@@ -236,6 +239,25 @@ class _Writer:
         self.line(f"{self.place(target)} = {stored};")
 
 
+def _written(loop: Loop) -> set[str]:
+    """The buffers that a loop writes."""
+    targets: set[str] = set()
+    for step in walk(loop.body):
+        match step:
+            case Compute():
+                targets |= {target.buffer for target in step.targets}
+            case Copy() | Initialise():
+                targets.add(step.target.buffer)
+            case Loop():
+                pass
+    return targets
+
+
+def _tensors(load: Load) -> set[str]:
+    """What a read reads, index tensors included."""
+    return {load.tensor} | {a.tensor for a in load.indices[0].atoms() if isinstance(a, Indirect)}
+
+
 def _is_number(block: Block, place: int) -> bool:
     item = block.instructions[place]
     return isinstance(item, Constant) and item.value == item.value
@@ -261,7 +283,7 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
         if _local_bytes(b).constant is not None and (_local_bytes(b).constant or 0) <= STACK_BYTES
     ]
     scratch = [b for b in arrays if b not in stack]
-    writer = _Writer(kernel, scalars, frozenset(v.name for v in group.inputs))
+    writer = _Writer(kernel, scalars)
     used = _used(kernel)
     outputs = {v.name for v in (*group.outputs, *group.temporaries)}
     for place, value in enumerate((*group.inputs, *group.outputs, *group.temporaries)):
@@ -334,8 +356,7 @@ def _used(kernel: Kernel) -> set[str]:
             case Compute(_, block, targets, _):
                 names |= {t.buffer for t in targets}
                 for load in block.loads:
-                    names.add(load.tensor)
-                    names |= {a.tensor for a in load.indices[0].atoms() if isinstance(a, Indirect)}
+                    names |= _tensors(load)
             case Copy(source, target):
                 names |= {source.buffer, target.buffer}
             case Initialise() | Loop():

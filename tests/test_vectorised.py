@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,27 @@ from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.symbolic import infer_shapes
 from models import memory_bound, networks
+from tests.test_end_to_end import text_model
 
 TOOLCHAIN = Toolchain.find({"PATH": "/usr/bin:/bin"})
 HEADERS = Path(apollo_fuse.runtime.__file__).parent
 PRAGMA = "#pragma omp simd"
+MASKED_CELL = """g (float[N, 1600] gates, float[N, 400] cell, bool[N, 1] seen)
+=> (float[N, 400] next, float[N, 400] hidden, float[N, 1] kept, float[N, 1] lost) {
+    kept = Cast <to = 1> (seen)
+    unseen = Not(seen)
+    lost = Cast <to = 1> (unseen)
+    i, f, g, o = Split <axis = 1, num_outputs = 4> (gates)
+    si = Sigmoid(i)  sf = Sigmoid(f)  so = Sigmoid(o)  tg = Tanh(g)
+    written = Mul(si, tg)
+    held = Mul(sf, cell)
+    made = Add(held, written)
+    new = Mul(kept, made)
+    old = Mul(lost, cell)
+    next = Add(new, old)
+    bent = Tanh(made)
+    hidden = Mul(so, bent)
+}"""
 MODELS = {
     "chain": partial(memory_bound.chain20, 256, 256),
     "softmax": memory_bound.softmax,
@@ -33,6 +51,7 @@ MODELS = {
     "wide_deep, many columns": memory_bound.wide_deep,
     "adam": partial(memory_bound.adam, 4),
     "bert_layer": networks.bert_layer,
+    "a masked cell": partial(text_model, MASKED_CELL),
 }
 
 
@@ -55,6 +74,19 @@ def vectorised_lines(source: str, folder: Path) -> set[int]:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     reports = (line.split(":") for line in done.stderr.splitlines() if line.startswith("source.c:"))
     return {int(report[1]) for report in reports if "loop vectorized" in report[-1]}
+
+
+def test_what_a_kernel_writes_for_all_lanes_is_read_before_their_loop(tmp_path: Path) -> None:
+    onnx.save(text_model(MASKED_CELL), tmp_path / "model.onnx")
+    model = onnx_io.load_clean(tmp_path / "model.onnx", tmp_path)
+    infer_shapes(model)
+    (candidate,) = plan(model, Options()).candidates
+    lines = candidate.source.splitlines()
+    inside = "\n".join(lines[n - 1] for loop in lane_loops(candidate.source) for n in loop)
+    alike = re.findall(r"out\d\[g0\]", candidate.source)
+    assert len(alike) == 4  # each written once, and read once
+    assert "tanhf" in inside
+    assert not re.search(r"out\d\[g0\]", inside)
 
 
 @pytest.mark.skipif("Free Software Foundation" not in TOOLCHAIN.identification, reason="reads gcc's report")
