@@ -121,7 +121,7 @@ def judge(
     )
     feeds = region.feeds(arrays)
     unfused, fused = interleaved([region.unfused, region.fused], feeds, seconds=options.measure_seconds * 2)
-    slower = fused.median > WINS * unfused.median or fused.minimum > WINS * unfused.minimum
+    slower = fused.share > WINS or fused.minimum > WINS * unfused.minimum
     reason = "not faster than onnxruntime" if slower else ""
     return Judgement(verdict, unfused.minimum, fused.minimum, reason)
 

@@ -28,11 +28,16 @@ _SEVERITY_ERROR = 3
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Latency of one session in seconds a run, over `runs` readings."""
+    """Latency of one session in seconds a run, over `runs` readings.
+
+    share: the median of its readings each divided by that of the first session in the same round. Where the
+        machine is slow for a while, it is so for both of them: this is steadier than the quotient of medians.
+    """
 
     minimum: float
     median: float
     runs: int
+    share: float = 1.0
 
 
 def session_options(threads: int, spinning: bool = False) -> ort.SessionOptions:
@@ -93,7 +98,17 @@ def interleaved(
             order.reverse()
             if len(readings[0]) >= minimum_runs and enough(readings):
                 break
-    return [Timing(min(times), statistics.median(times), len(times)) for times in readings]
+    return [
+        Timing(
+            min(times), statistics.median(times), len(times), statistics.median(ratios(times, readings[0]))
+        )
+        for times in readings
+    ]
+
+
+def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
+    """The quotients of readings that were taken in turn."""
+    return [a / b for a, b in zip(times, others, strict=True)]
 
 
 def ratio_bounds(times: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
@@ -102,14 +117,14 @@ def ratio_bounds(times: Sequence[float], others: Sequence[float]) -> tuple[float
     By the sign test, whatever the distribution: one in a thousand such intervals misses it to either side.
     Too few readings bound nothing.
     """
-    ratios = sorted(a / b for a, b in zip(times, others, strict=True))
-    count, beyond, tail = len(ratios), 0, 0.0
+    found = sorted(ratios(times, others))
+    count, beyond, tail = len(found), 0, 0.0
     while True:
         tail += math.comb(count, beyond) / 2**count
         if tail > _MISSED:
             break
         beyond += 1
-    return (ratios[beyond - 1], ratios[-beyond]) if beyond else (0.0, math.inf)
+    return (found[beyond - 1], found[-beyond]) if beyond else (0.0, math.inf)
 
 
 def noise(

@@ -81,9 +81,9 @@ class Settle:
         if clear and others and not (_wins(fused, unfused) and self._saved(others) < SMALL * unfused.median):
             # one after the other: a session holds all weights once more
             without, with_clear = self._measured(clear, seconds=1.0)
-            if with_clear.median / without.median < fused.median / unfused.median:
+            if with_clear.share < fused.share:
                 kept, unfused, fused = clear, without, with_clear
-        if not _wins(fused, unfused) and fused.median < HOPELESS * unfused.median:
+        if not _wins(fused, unfused) and fused.share < HOPELESS:
             unfused, fused = self._measured(kept, seconds=3.0)
         if not _wins(fused, unfused):
             self._drop(accepted, "the whole model does not get faster")
@@ -120,7 +120,7 @@ class Settle:
         if not verdict.passed:
             return None
         unfused, laid_out = self._measured((), seconds=3.0)
-        if max(laid_out.median / unfused.median, laid_out.minimum / unfused.minimum) >= BOUND_WINS:
+        if max(laid_out.share, laid_out.minimum / unfused.minimum) >= BOUND_WINS:
             return None
         return _latency(unfused, laid_out, self.trial.threads), verdict
 
@@ -168,7 +168,7 @@ def _is_clear(readings: Sequence[Sequence[float]]) -> bool:
 
 
 def _wins(fused: Timing, unfused: Timing) -> bool:
-    return fused.median < WHOLE_MODEL_WINS * unfused.median and fused.minimum < unfused.minimum
+    return fused.share < WHOLE_MODEL_WINS and fused.minimum < unfused.minimum
 
 
 def _latency(unfused: Timing, fused: Timing, threads: int) -> LatencyReport:

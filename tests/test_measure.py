@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -92,6 +92,26 @@ def test_the_bounds_of_a_median_quotient_need_readings_and_miss_it_seldom() -> N
     assert np.count_nonzero(found[:, 0] > 0.9) <= 5
     assert np.count_nonzero(found[:, 1] < 0.9) <= 5
     assert np.median(found[:, 1] - found[:, 0]) < 0.1
+
+
+def test_what_slows_a_whole_round_leaves_the_share_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds take ever longer, one session always half as long as the other: its share is a half."""
+    now = 0.0
+    speed = iter(np.repeat(np.geomspace(0.1, 10, 1000), 2))
+    sessions = {id(first := doubled()): 2.0, id(second := doubled()): 1.0}
+
+    def bound(session: ort.InferenceSession, values: object) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += sessions[id(session)] * next(speed)
+
+        return run
+
+    monkeypatch.setattr(measure, "perf_counter", lambda: now)
+    monkeypatch.setattr(measure, "_bound", bound)
+    one, other = measure.interleaved([first, second], FEEDS, seconds=0, minimum_runs=9, maximum_runs=9)
+    assert one.share == 1.0
+    assert other.share == pytest.approx(0.5)
 
 
 def test_noise_is_the_larger_over_the_smaller_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
