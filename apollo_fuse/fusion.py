@@ -15,7 +15,8 @@ from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.options import Options
 from apollo_fuse.passes.build_scop import BuildScop
 from apollo_fuse.passes.loop_fusion import Fused, LoopFusion, show
-from apollo_fuse.passes.place_buffers import RULE as MEMORY_STITCHING
+from apollo_fuse.passes.lower_scop import LowerScop
+from apollo_fuse.passes.memory_stitching import RULE as MEMORY_STITCHING
 from apollo_fuse.passes.tile_and_map import TileAndMap
 from apollo_fuse.region import Interface, body_text, interface
 from apollo_fuse.scop import Scop
@@ -93,15 +94,16 @@ class FuseMicroGraph:
         return Candidate(name, micro_graph, part, lowered.group, self.dumps[f"{name}.c"])
 
     def _lower(self, scop: Scop, alone: bool) -> _Lowered | Refused:
+        lowered = LowerScop(self._schedule, TileAndMap(alone))(scop)
+        if isinstance(lowered, Refused):
+            return lowered
+        if lowered.group.stitches and not self.options.stitches_memory:
+            names = tuple(s.name for s in scop.statements)
+            return Refused(names, MEMORY_STITCHING, "Layer II is off", "a loop reads what another loop made")
+        return _Lowered(lowered.group, show(lowered.fused.tree), str(lowered.group))
+
+    def _schedule(self, scop: Scop) -> Fused | Refused:
         start = perf_counter()
         fused = LoopFusion(self.options.isl_max_operations)(scop)
         self.isl_seconds += perf_counter() - start
-        if not isinstance(fused, Fused):
-            return fused
-        group = TileAndMap(alone)(fused)
-        if isinstance(group, Refused):
-            return group
-        if group.stitches and not self.options.stitches_memory:
-            names = tuple(s.name for s in scop.statements)
-            return Refused(names, MEMORY_STITCHING, "Layer II is off", "a loop reads what another loop made")
-        return _Lowered(group, show(fused.tree), str(group))
+        return fused

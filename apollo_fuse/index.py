@@ -176,7 +176,8 @@ class Index:
         whole, rest = self.divide(divisor)
         if rest.is_zero or _within(rest, divisor):
             return whole
-        return whole + Index.of(Quotient(rest, divisor))
+        nested = _nested_quotient(rest, divisor)
+        return whole + (Index.of(Quotient(rest, divisor)) if nested is None else nested)
 
     def __mod__(self, other: IndexLike) -> Index:
         return self - (self // other) * other
@@ -318,19 +319,56 @@ def non_negative(value: Index) -> bool:
 
 
 def _least(value: Index) -> Index | None:
-    """`value` with each iterator at the end of its range that makes the value least, if that is >= 0."""
+    """A lower bound of `value` over the ranges of its iterators, if that is >= 0."""
+    bound = _bound(value, greatest=False)
+    if bound is None:
+        return None
+    signs_known = all(c >= 0 and all(isinstance(a, (Symbol, Iterator)) for a in m) for m, c in bound.terms)
+    return bound if signs_known else None
+
+
+def _bound(value: Index, greatest: bool) -> Index | None:
+    """`value` with each quotient, then each iterator, at the end of its range that makes it extreme."""
+    for atom in sorted((a for m, _ in value.terms for a in m if isinstance(a, Quotient)), key=str):
+        rising = _is_rising(value, atom)
+        if rising is None or not atom.divisor.constant or atom.divisor.constant < 0:
+            return None
+        end = _bound(atom.numerator, greatest if rising else not greatest)
+        if end is None:
+            return None
+        value = value.substitute({atom: end // atom.divisor})
     for iterator in sorted(value.iterators(), key=str):
-        factor = value.coefficient(iterator)
-        if factor is None:
+        rising = _is_rising(value, iterator)
+        if rising is None:
             return None
-        if all(c >= 0 for _, c in factor.terms):
-            value = value.substitute({iterator: ZERO})
-        elif all(c <= 0 for _, c in factor.terms):
-            value = value.substitute({iterator: iterator.extent - 1})
-        else:
-            return None
-    signs_known = all(c >= 0 and all(isinstance(a, (Symbol, Iterator)) for a in m) for m, c in value.terms)
-    return value if signs_known else None
+        value = value.substitute({iterator: iterator.extent - 1 if rising == greatest else ZERO})
+    return value
+
+
+def _is_rising(value: Index, atom: Atom) -> bool | None:
+    """Whether the value grows with the atom; None where that is not known."""
+    factor = value.coefficient(atom)
+    if factor is None:
+        return None
+    if all(c >= 0 for _, c in factor.terms):
+        return True
+    return False if all(c <= 0 for _, c in factor.terms) else None
+
+
+def _nested_quotient(value: Index, divisor: Index) -> Index | None:
+    """``floor((g*a + b) / (g*d))`` as ``floor(a / d)``, where ``0 <= b < g``: rows of a shape within rows."""
+    if len(divisor.terms) != 1:
+        return None
+    (by, factor) = divisor.terms[0]
+    for monomial, coefficient in value.terms:
+        common = math.gcd(coefficient, factor)
+        if _remove(monomial, by) is None or common in (0, factor) or (common == 1 and not by):
+            continue
+        unit = Index(((by, common),))
+        whole, rest = value.divide(unit)
+        if _within(rest, unit):
+            return whole // (factor // common)
+    return None
 
 
 def _within(value: Index, extent: Index) -> bool:

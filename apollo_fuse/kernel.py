@@ -14,7 +14,7 @@ from typing import TypeAlias
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Block, Op
 from apollo_fuse.graph import Value
-from apollo_fuse.index import ONE, Index, Iterator
+from apollo_fuse.index import ONE, ZERO, Index, Indirect, Iterator
 from apollo_fuse.scop import Derived, Extent
 
 
@@ -34,15 +34,25 @@ class LoopKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """`size` elements; GLOBAL buffers are the kernel's inputs, outputs and temporaries."""
+    """`size` elements; GLOBAL buffers are the kernel's inputs, outputs and temporaries.
+
+    A SHARED buffer with a `host` lies in that buffer's memory, whose content is no longer needed then.
+    """
 
     name: str
     dtype: DType
     size: Index
     scope: Scope
+    host: str | None = None
+
+    @property
+    def bytes(self) -> Index:
+        """On chip, where values keep the type that they are computed in; truth values are 4 bytes there."""
+        return self.size * (4 if self.dtype is DType.BOOL else self.dtype.compute.size)
 
     def __str__(self) -> str:
-        return f"{self.scope.value} {self.name}: {self.dtype.value}[{self.size}]"
+        inside = "" if self.host is None else f" in {self.host}"
+        return f"{self.scope.value} {self.name}: {self.dtype.value}[{self.size}]{inside}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +102,25 @@ Step: TypeAlias = Loop | Compute | Initialise | Copy
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
+    """`form` is the form of its group that the kernel belongs to."""
+
     name: str
     buffers: tuple[Buffer, ...]
     grid: tuple[Iterator, ...]
     body: tuple[Step, ...]
+    form: int = 0
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in self.buffers if b.name == name)
+
+    @property
+    def shared_bytes(self) -> Index:
+        """Bytes of SHARED memory that a work item needs."""
+        total = ZERO
+        for buffer in self.buffers:
+            if buffer.scope is Scope.SHARED and buffer.host is None:
+                total = total + buffer.bytes
+        return total
 
     @property
     def items(self) -> Index:
@@ -109,7 +131,7 @@ class Kernel:
         return total
 
     def __str__(self) -> str:
-        lines = [f"kernel {self.name}"]
+        lines = [f"kernel {self.name}" + (f" of form {self.form}" if self.form else "")]
         lines += [f"  {buffer}" for buffer in self.buffers]
         lines += [f"  grid {axis} < {axis.extent}" for axis in self.grid]
         for step in self.body:
@@ -118,8 +140,23 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class AtMost:
+    """Holds while `value`, which the run-time extents give, is at most `limit`."""
+
+    value: Index
+    limit: int
+
+    def __str__(self) -> str:
+        return f"{self.value} <= {self.limit}"
+
+
+@dataclass(frozen=True, slots=True)
 class KernelGroup:
-    """What one custom op runs: kernels one after the other, over the same inputs and outputs."""
+    """What one custom op runs: kernels one after the other, over the same inputs and outputs.
+
+    A group may have several forms, of which a run takes one: the first whose condition in `forms` holds, else
+    the one behind the last of them.
+    """
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
@@ -127,6 +164,7 @@ class KernelGroup:
     extents: tuple[Extent | Derived, ...]
     kernels: tuple[Kernel, ...]
     required: tuple[tuple[Index, Index], ...] = ()
+    forms: tuple[AtMost, ...] = ()
 
     @property
     def stitches(self) -> bool:
@@ -142,6 +180,7 @@ class KernelGroup:
             ("temporary", self.temporaries),
         ):
             head += [f"{role} {value}" for value in values]
+        head += [f"form {number} where {condition}" for number, condition in enumerate(self.forms)]
         return "\n".join([*head, *map(str, self.kernels)])
 
 
@@ -176,6 +215,36 @@ def walk(steps: tuple[Step, ...]) -> Generator[Step]:
         yield step
         if isinstance(step, Loop):
             yield from walk(step.body)
+
+
+def buffers_of(steps: tuple[Step, ...]) -> set[str]:
+    """The buffers that the steps read or write, index tensors included."""
+    names: set[str] = set()
+    for step in walk(steps):
+        match step:
+            case Compute(_, block, targets, _):
+                names |= {t.buffer for t in targets}
+                for load in block.loads:
+                    names.add(load.tensor)
+                    names |= {a.tensor for a in load.indices[0].atoms() if isinstance(a, Indirect)}
+            case Copy(source, target):
+                names |= {source.buffer, target.buffer}
+            case Initialise(target, _):
+                names.add(target.buffer)
+            case Loop():
+                pass
+    return names
+
+
+def work(steps: tuple[Step, ...]) -> Index:
+    """Cheap operations of the steps, reads and writes counted as two for each statement."""
+    total = ZERO
+    for step in steps:
+        if isinstance(step, Loop):
+            total = total + work(step.body) * step.iterator.extent
+        elif isinstance(step, Compute):
+            total = total + (step.block.cost + 2)
+    return total
 
 
 def _lines(step: Step, indent: str) -> list[str]:

@@ -26,7 +26,9 @@ from apollo_fuse.kernel import (
     Scope,
     Step,
     Target,
+    buffers_of,
     walk,
+    work,
 )
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
@@ -277,14 +279,12 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
     local = [b for b in kernel.buffers if b.scope is not Scope.GLOBAL]
     scalars = frozenset(b.name for b in local if b.size.is_one)
     arrays = [b for b in local if b.name not in scalars]
-    stack = [
-        b
-        for b in arrays
-        if _local_bytes(b).constant is not None and (_local_bytes(b).constant or 0) <= STACK_BYTES
-    ]
-    scratch = [b for b in arrays if b not in stack]
+    hosted = [b for b in arrays if b.host is not None]
+    owners = [b for b in arrays if b.host is None]
+    stack = [b for b in owners if (bytes_ := b.bytes.constant) is not None and bytes_ <= STACK_BYTES]
+    scratch = [b for b in owners if b not in stack]
     writer = _Writer(kernel, scalars)
-    used = _used(kernel)
+    used = buffers_of(kernel.body)
     outputs = {v.name for v in (*group.outputs, *group.temporaries)}
     for place, value in enumerate((*group.inputs, *group.outputs, *group.temporaries)):
         if value.name in used:
@@ -298,6 +298,8 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
     for buffer in stack:
         kind = c.compute_type(buffer.dtype)
         writer.line(f"_Alignas(64) {kind} {buffer.name}[{c.index(buffer.size)}];")
+    for buffer in hosted:
+        writer.line(f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host};")
     writer.line("for (int64_t item = begin; item < end; item++) {")
     writer.depth += 1
     _grid(writer, kernel.grid)
@@ -305,17 +307,18 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
     writer.depth -= 1
     writer.line("}")
     every = _symbols(kernel)
-    items, work, bytes_needed = kernel.items, _work(kernel), offset
+    items, cost, bytes_needed = kernel.items, work(kernel.body), offset
+    asked = {s.name for index in (items, *(f.value for f in group.forms)) for s in index.symbols()}
     body = "\n".join(writer.lines)
     prefix = kernel.name
     return f"""static int64_t {prefix}_grid(const int64_t *n) {{
   (void)n;
-{unpack(group, {s.name for s in items.symbols()})}  return {c.index(items)};
+{unpack(group, asked)}{_choice(group, kernel.form)}  return {c.index(items)};
 }}
 
 static int64_t {prefix}_grain(const int64_t *n) {{
   (void)n;
-{unpack(group, {s.name for s in work.symbols()})}  return 1 + {GRAIN} / (1 + {c.index(work)});
+{unpack(group, {s.name for s in cost.symbols()})}  return 1 + {GRAIN} / (1 + {c.index(cost)});
 }}
 
 static int64_t {prefix}_scratch(const int64_t *n) {{
@@ -333,6 +336,18 @@ static const af_kernel {prefix} = {{{prefix}_grid, {prefix}_grain, {prefix}_scra
 """
 
 
+def _choice(group: KernelGroup, form: int) -> str:
+    """Leaves a kernel without work where the run takes another form of the group."""
+    lines = [
+        f"  if ({c.index(condition.value)} <= INT64_C({condition.limit})) return 0;\n"
+        for condition in group.forms[:form]
+    ]
+    if form < len(group.forms):
+        condition = group.forms[form]
+        lines.append(f"  if (!({c.index(condition.value)} <= INT64_C({condition.limit}))) return 0;\n")
+    return "".join(lines)
+
+
 def _grid(writer: _Writer, grid: tuple[Iterator, ...]) -> None:
     """The axes of a work item, the last one running fastest."""
     if not grid:
@@ -347,21 +362,6 @@ def _grid(writer: _Writer, grid: tuple[Iterator, ...]) -> None:
         rest = "" if place == 0 else f" % ({c.index(axis.extent)})"
         writer.line(f"const int64_t {axis.name} = {quotient}{rest};")
         inner = inner * axis.extent
-
-
-def _used(kernel: Kernel) -> set[str]:
-    names: set[str] = set()
-    for step in walk(kernel.body):
-        match step:
-            case Compute(_, block, targets, _):
-                names |= {t.buffer for t in targets}
-                for load in block.loads:
-                    names |= _tensors(load)
-            case Copy(source, target):
-                names |= {source.buffer, target.buffer}
-            case Initialise() | Loop():
-                pass
-    return names
 
 
 def _symbols(kernel: Kernel) -> set[str]:
@@ -389,25 +389,6 @@ def _symbols(kernel: Kernel) -> set[str]:
     return {s.name for index in found for s in index.symbols()}
 
 
-def _work(kernel: Kernel) -> Index:
-    """Cheap operations in one work item."""
-
-    def cost(steps: tuple[Step, ...]) -> Index:
-        total = Index.of(0)
-        for step in steps:
-            if isinstance(step, Loop):
-                total = total + cost(step.body) * step.iterator.extent
-            elif isinstance(step, Compute):
-                total = total + (step.block.cost + 2)
-        return total
-
-    return cost(kernel.body)
-
-
-def _local_bytes(buffer: Buffer) -> Index:
-    return buffer.size * c.compute_bytes(buffer.dtype)
-
-
 def _aligned(buffer: Buffer) -> Index:
     """Bytes of a scratch buffer, in whole cache lines."""
-    return (_local_bytes(buffer) + 63) // 64 * 64
+    return (buffer.bytes + 63) // 64 * 64

@@ -106,8 +106,27 @@ def _broadcast(edge: Edge, limits: Limits) -> bool:
     )
 
 
+def _select(edge: Edge, limits: Limits) -> bool:
+    """Where few elements of a result are taken (the labels' probabilities), no others need to be computed."""
+    producer, user = edge.producer, edge.user
+    return (
+        max(producer.pattern, user.pattern) is Pattern.INJECTIVE
+        and not user.domain.is_zero
+        and producer.domain != user.domain
+        and producer.domain.exact_quotient(user.domain) is not None
+        and min(producer.operators, user.operators) <= limits.depth
+    )
+
+
 def _reduce(edge: Edge, limits: Limits) -> bool:
     """A reduction takes in what computes its operand."""
+    return _reduce_selected(edge, limits) and (
+        edge.relation is Relation.BROADCAST or edge.producer.domain == edge.user.domain
+    )
+
+
+def _reduce_selected(edge: Edge, limits: Limits) -> bool:
+    """As above, with what was taken from a larger tensor."""
     return (
         edge.user.pattern is Pattern.REDUCTION
         and edge.producer.pattern <= Pattern.INJECTIVE
@@ -131,6 +150,17 @@ def _stitch(edge: Edge, limits: Limits) -> bool:
     return same_rows and user.domain in (producer.domain, producer.rows)
 
 
+def _reduce_again(edge: Edge, limits: Limits) -> bool:
+    """A reduction of what reductions left of each row, as a loss is the mean of one number a row."""
+    producer, user = edge.producer, edge.user
+    return (
+        producer.rows is not None
+        and user.pattern is Pattern.REDUCTION
+        and user.domain == producer.rows
+        and edge.relation is Relation.ONE_TO_ONE
+    )
+
+
 def _injective(edge: Edge, limits: Limits) -> bool:
     """Transposes, slices and gathers are access maps of their user, or of what they read."""
     return (
@@ -146,10 +176,13 @@ RULES: tuple[Rule, ...] = (
     Rule("elementwise width", _elementwise),
     Rule("broadcast depth", _broadcast, only_sole_user=True),
     Rule("broadcast width", _broadcast),
+    Rule("select", _select, only_sole_user=True),
     Rule("reduce depth", _reduce, only_sole_user=True),
     Rule("reduce width", _reduce),
     Rule("injective depth", _injective, only_sole_user=True),
     Rule("stitch", _stitch),
+    Rule("reduce again", _reduce_again, only_sole_user=True),
+    Rule("reduce selected", _reduce_selected),
     Rule("injective width", _injective),
 )
 

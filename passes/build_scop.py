@@ -6,7 +6,7 @@ it is an output, a reduction, written in parts, or too dear to compute more than
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -31,6 +31,7 @@ from apollo_fuse.index import (
     Quotient,
     Symbol,
 )
+from apollo_fuse.passes.access_composition import point_of, without_index_views
 from apollo_fuse.passes.aggregate_ops import EXPENSIVE
 from apollo_fuse.passes.bind_extents import bind_extents, needed_symbols
 from apollo_fuse.passes.simplify import simplify
@@ -48,9 +49,10 @@ class BuildScop:
     def __call__(self, micro_graph: MicroGraph) -> Scop | Refused:
         nodes = tuple(operator.op_type for operator in micro_graph.operators)
         try:
-            kept = _kept(micro_graph)
-            internal = kept - {v.name for v in micro_graph.outputs}
-            statements = split_axes(_inline(micro_graph, kept), internal)
+            results = frozenset(v.name for v in micro_graph.outputs)
+            primitives = without_index_views(micro_graph.primitives)
+            kept = _kept(primitives, results)
+            statements = split_axes(_inline(primitives, kept), kept - results)
             statements = [s for s in statements if not _is_void(s)]
             if not statements:
                 return Refused(nodes, RULE, "nothing to compute", "every result is empty")
@@ -73,9 +75,8 @@ def _is_void(statement: Statement) -> bool:
     return False
 
 
-def _kept(micro_graph: MicroGraph) -> frozenset[str]:
-    """The tensors that get statements of their own."""
-    primitives = micro_graph.primitives
+def _kept(primitives: Sequence[Primitive], results: frozenset[str]) -> frozenset[str]:
+    """The tensors that get statements of their own: the results, and what is not to be computed twice."""
     parts: dict[str, int] = {}
     readers: dict[str, list[Primitive]] = {}
     indirect: set[str] = set()
@@ -87,7 +88,7 @@ def _kept(micro_graph: MicroGraph) -> frozenset[str]:
     made = {p.output.name for p in primitives}
     if indirect & made:
         raise _NotExpressible("index tensor computed in the kernel", ", ".join(sorted(indirect & made)))
-    kept = {v.name for v in micro_graph.outputs}
+    kept = set(results)
     roots: dict[str, set[str]] = {}
     for primitive in reversed(primitives):
         name = primitive.output.name
@@ -102,12 +103,12 @@ def _kept(micro_graph: MicroGraph) -> frozenset[str]:
     return frozenset(kept)
 
 
-def _inline(micro_graph: MicroGraph, kept: frozenset[str]) -> list[Statement]:
+def _inline(primitives: Sequence[Primitive], kept: frozenset[str]) -> list[Statement]:
     """A statement for each tensor that is kept, with the others computed where they are read."""
-    everything = enumerate(micro_graph.primitives)
+    everything = enumerate(primitives)
     inlined = {p.output.name: (n, p) for n, p in everything if p.output.name not in kept}
     statements: list[Statement] = []
-    for primitive in micro_graph.primitives:
+    for primitive in primitives:
         if primitive.output.name not in kept:
             continue
         statements.append(
@@ -136,7 +137,7 @@ def _expanded(primitive: Primitive, inlined: Mapping[str, tuple[int, Primitive]]
             element = (load.tensor, tuple(i.substitute(values) for i in load.indices))
             if load.tensor in inlined and element not in wanted:
                 place, producer = inlined[load.tensor]
-                at = _at(producer, element[1])
+                at = point_of(producer, element[1])
                 wanted[element] = (place, producer, at)
                 pending.append((producer, at))
     builder = BlockBuilder()
@@ -148,15 +149,6 @@ def _expanded(primitive: Primitive, inlined: Mapping[str, tuple[int, Primitive]]
     for element, (_, producer, at) in sorted(wanted.items(), key=lambda item: item[1][0]):
         places[element] = builder.append(producer.block, at, read)
     return builder.build_at(builder.append(primitive.block, {}, read))
-
-
-def _at(producer: Primitive, indices: tuple[Index, ...]) -> Mapping[Atom, Index]:
-    """The producer's iterators when its element at `indices` is wanted."""
-    values: dict[Atom, Index] = {}
-    for own, wanted in zip(producer.indices, indices, strict=True):
-        for iterator in own.iterators():
-            values[iterator] = wanted
-    return values
 
 
 @dataclass(slots=True)

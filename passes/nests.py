@@ -194,15 +194,16 @@ def _place(
     statements: dict[str, Statement],
     values: dict[str, dict[Atom, Index]],
 ) -> Nests | Refused:
-    fixed = frozenset(grid)
     written = {
         s.target.name: tuple(i.substitute(values[n]) for i in s.indices) for n, s in statements.items()
     }
+    around = _common_loops(body, statements, values, written)
     local: dict[str, tuple[int, ...]] = {}  # axes of an internal tensor that remain
     sizes: dict[str, Index] = {}
     for value in scop.kept:
         if value.name in written:
             at = written[value.name]
+            fixed = around.get(value.name, frozenset()) | frozenset(grid)
             axes = tuple(a for a, index in enumerate(at) if index.iterators() - fixed)
             if any(at[a].iterators() & fixed for a in axes):
                 return Refused(
@@ -217,6 +218,44 @@ def _place(
         except _Crossing as crossing:
             return Refused(tuple(statements), RULE, "a value would cross work items", crossing.args[0])
     return Nests(scop, grid, body, placed, sizes)
+
+
+def _common_loops(
+    body: tuple[Nest, ...],
+    statements: dict[str, Statement],
+    values: dict[str, dict[Atom, Index]],
+    written: dict[str, tuple[Index, ...]],
+) -> dict[str, frozenset[Iterator]]:
+    """For each tensor, the loops around all that write and read it, where a turn reads what it wrote itself.
+
+    A place of the tensor is enough for each turn then (Darte and Huard, "New complexity results on array
+    contraction", 2005, treat the general problem).
+    """
+    loops: dict[str, frozenset[Iterator]] = {}
+
+    def visit(nests: tuple[Nest, ...], outside: frozenset[Iterator]) -> None:
+        for nest in nests:
+            if nest.iterator is None:
+                loops[nest.statement] = outside
+            else:
+                visit(nest.children, outside | {nest.iterator})
+
+    visit(body, frozenset())
+    found = {s.target.name: loops[n] for n, s in statements.items() if _is_whole(s)}
+    for name, statement in statements.items():
+        for load in statement.block.loads:
+            if load.tensor not in found:
+                continue
+            at = tuple(i.substitute(values[name]) for i in load.indices)
+            pairs = zip(at, written[load.tensor], strict=True)
+            moved = frozenset(i for here, there in pairs if here != there for i in there.iterators())
+            found[load.tensor] = (found[load.tensor] & loops[name]) - moved
+    return found
+
+
+def _is_whole(statement: Statement) -> bool:
+    """Whether each index of the target is an iterator or a number."""
+    return all(len(i.terms) <= 1 and len(i.iterators()) <= 1 for i in statement.indices)
 
 
 class _Crossing(Exception):

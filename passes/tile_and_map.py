@@ -12,18 +12,19 @@ import math
 from dataclasses import dataclass, replace
 
 from apollo_fuse.graph import Refused
-from apollo_fuse.index import ZERO, Atom, Index, Iterator
+from apollo_fuse.index import ONE, ZERO, Atom, Index, Iterator, product
 from apollo_fuse.kernel import Kernel, KernelGroup, LoopKind
 from apollo_fuse.passes.collapse_axes import collapse_grid, collapse_loops
 from apollo_fuse.passes.distribute_lanes import distribute_lanes
 from apollo_fuse.passes.fuse_nests import fuse_nests
 from apollo_fuse.passes.invert_divisors import invert_divisors
 from apollo_fuse.passes.loop_fusion import Fused, Sequence, Tree
+from apollo_fuse.passes.memory_stitching import Lanes, MemoryStitching, Overflow
 from apollo_fuse.passes.nests import Nests, build_nests, statements_of
-from apollo_fuse.passes.place_buffers import Lanes, PlaceBuffers
 from apollo_fuse.scop import Scop
 
 RULE = "tile_and_map"
+_REDUCED = 8  # elements that become one, from which on writing that one to memory costs little
 _OPEN = 256  # what an open extent counts for where axes are compared
 
 
@@ -42,23 +43,26 @@ class Tiles:
 class TileAndMap:
     """From a schedule to its kernels.
 
-    `alone` says that the statements are those of one operator, which cannot be grouped in another way: where
-    they share no outer loop, kernels then pass intermediates to each other through memory, and a kernel
-    may run serially. For several operators either is refused.
+    Where statements share no outer loop, kernels pass the results of reductions to each other through memory.
+    Anything larger is refused, or could be computed again. `alone` says that the statements are those of
+    one operator, which cannot be grouped in another way: then everything may pass through memory, and a
+    kernel may run serially.
     """
 
     alone: bool = False
     tiles: Tiles = Tiles()
-    place_buffers: PlaceBuffers = PlaceBuffers()
+    memory_stitching: MemoryStitching = MemoryStitching()
 
-    def __call__(self, fused: Fused) -> KernelGroup | Refused:
+    def __call__(self, fused: Fused) -> KernelGroup | Overflow | Refused:
         scop = fused.scop
         parts = fused.tree.children if isinstance(fused.tree, Sequence) else (fused.tree,)
         crossing = _crossing(scop, parts)
-        if crossing and not self.alone:
+        whole = _not_reduced(scop, crossing)
+        if whole and not self.alone:
             names = tuple(s.name for s in scop.statements)
-            evidence = f"{', '.join(crossing)} would pass through memory"
-            return Refused(names, RULE, "statements do not share an outer loop", evidence)
+            evidence = f"{', '.join(whole)} would pass through memory"
+            refused = Refused(names, RULE, "statements do not share an outer loop", evidence)
+            return Overflow(tuple(whole), refused)
         temporaries = tuple(v for v in scop.kept if v.name in crossing)
         scop = replace(
             scop, kept=tuple(v for v in scop.kept if v.name not in crossing), temporaries=temporaries
@@ -70,17 +74,17 @@ class TileAndMap:
                 return nests
             nests = invert_divisors(fuse_nests(collapse_loops(collapse_grid(nests))))
             kernel = self._map(f"k{number}", nests)
-            if isinstance(kernel, Refused):
+            if not isinstance(kernel, Kernel):
                 return kernel
             kernels.append(distribute_lanes(kernel))
         return KernelGroup(
             scop.inputs, scop.outputs, temporaries, scop.extents, tuple(kernels), scop.required
         )
 
-    def _map(self, name: str, nests: Nests) -> Kernel | Refused:
+    def _map(self, name: str, nests: Nests) -> Kernel | Overflow | Refused:
         lane = _lane(nests)
         if lane is None:
-            return self.place_buffers(name, nests, nests.grid, Lanes())
+            return self.memory_stitching(name, nests, nests.grid, Lanes())
         rest = [axis for axis in nests.grid if axis != lane]
         if nests.has_loops:
             return self._lanes(name, nests, rest, lane, self.tiles.accumulators)
@@ -112,7 +116,7 @@ class TileAndMap:
         *,
         unrolled: Iterator | None = None,
         across: Iterator | None = None,
-    ) -> Kernel | Refused:
+    ) -> Kernel | Overflow | Refused:
         """Takes lanes from an axis of the grid, and puts the other loops of a work item around them."""
         grid = list(rest)
         values: dict[Atom, Index] = {}
@@ -124,7 +128,7 @@ class TileAndMap:
         if unrolled is not None:
             loops.append((unrolled, LoopKind.UNROLLED, None))
         lanes = Lanes(tuple(loops), Index.of(inside), inside.extent)
-        return self.place_buffers(name, nests.substitute(values), tuple(grid), lanes)
+        return self.memory_stitching(name, nests.substitute(values), tuple(grid), lanes)
 
     def _tile(
         self, axis: Iterator, tile: int, kind: LoopKind, grid: list[Iterator], values: dict[Atom, Index]
@@ -167,6 +171,19 @@ def _crossing(scop: Scop, parts: tuple[Tree, ...]) -> list[str]:
         if writer.get(load.tensor, part_of[s.name]) != part_of[s.name]
     }
     return list(found)
+
+
+def _not_reduced(scop: Scop, tensors: list[str]) -> list[str]:
+    """The tensors that are not the results of reductions to a small part of what they read."""
+    writers = {s.target.name: s for s in scop.statements}
+    found: list[str] = []
+    for name in tensors:
+        reduction = writers[name].reduction
+        over = product(i.extent for i in reduction.iterators) if reduction is not None else ONE
+        known = over.constant
+        if known is not None and known < _REDUCED:
+            found.append(name)
+    return found
 
 
 def _lane(nests: Nests) -> Iterator | None:

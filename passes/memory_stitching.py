@@ -1,21 +1,43 @@
-"""Turns nests into a kernel: where accumulators and intermediates live, and which loop runs in lanes.
+"""Layer II: gives what statements pass to each other inside a work item its scope, by liveness and budget.
 
-An intermediate read where it was written is a register.  One that another nest reads is SHARED:
-memory of the work item's own, that stays in its first or second level cache on a CPU.
+An intermediate read where it was written is a REGISTER, and so is an accumulator.  One that another
+nest reads is SHARED: memory of the work item's own, which on a CPU stays in the first or second level
+cache of its thread.  SHARED intermediates whose lifetimes do not overlap lie in the same memory; what
+does not fit the budget is an `Overflow`, which names what could be computed again instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apollo_fuse.expressions import Block, Instruction, Load
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import ONE, ZERO, Index, Iterator
-from apollo_fuse.kernel import Buffer, Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
+from apollo_fuse.kernel import (
+    Buffer,
+    Compute,
+    Copy,
+    Initialise,
+    Kernel,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    Target,
+    buffers_of,
+)
 from apollo_fuse.passes.nests import Nest, Nests, Placed
 from apollo_fuse.scop import tensor_size
 
 RULE = "memory_stitching"
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """Tensors that no work item may hold, and the refusal that stands where they cannot be done without."""
+
+    tensors: tuple[str, ...]
+    refused: Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,38 +54,72 @@ class Lanes:
 
 
 @dataclass(frozen=True, slots=True)
-class PlaceBuffers:
-    """`shared_bytes` bounds the SHARED memory of a work item where its size is known."""
+class MemoryStitching:
+    """`shared_bytes` is the budget of a work item.
+
+    On a CPU it is half of a second level cache, the other half being for inputs and outputs: of 512 KiB,
+    which few server processors are below. On a GPU it is the 48 KiB that a block has without asking.
+    """
 
     shared_bytes: int = 256 * 1024
 
-    def __call__(self, name: str, nests: Nests, grid: tuple[Iterator, ...], lanes: Lanes) -> Kernel | Refused:
+    def __call__(
+        self, name: str, nests: Nests, grid: tuple[Iterator, ...], lanes: Lanes
+    ) -> Kernel | Overflow | Refused:
         state = _State(nests, lanes, _forwarded(nests))
         try:
             body = state.steps(nests.body, ())
         except _OutOfPlace as problem:
             return Refused(tuple(nests.placed), RULE, problem.args[0], problem.args[1])
         scop = nests.scop
-        used = {p.statement.target.name for p in nests.placed.values()}
-        used |= {load.tensor for p in nests.placed.values() for load in p.block.loads}
         interface = [
             Buffer(v.name, v.dtype, tensor_size(v), Scope.GLOBAL)
             for v in (*scop.inputs, *scop.outputs, *scop.temporaries)
         ]
-        shared = 0
-        for buffer in state.local.values():
-            size = buffer.size.constant
-            shared += (
-                size * buffer.dtype.compute.size if size is not None and buffer.scope is Scope.SHARED else 0
-            )
-        if shared > self.shared_bytes:
-            return Refused(
-                tuple(nests.placed),
-                RULE,
-                "intermediates overflow on-chip memory",
-                f"{shared} bytes a work item",
-            )
-        return Kernel(name, (*interface, *state.local.values()), grid, body)
+        local = _hosted(tuple(state.local.values()), body)
+        kernel = Kernel(name, (*interface, *local), grid, body)
+        needed = kernel.shared_bytes.constant
+        if needed is not None and needed > self.shared_bytes:
+            evidence = f"{needed} bytes a work item, of {self.shared_bytes}"
+            refused = Refused(tuple(nests.placed), RULE, "intermediates overflow on-chip memory", evidence)
+            return Overflow(shared_tensors(kernel), refused)
+        return kernel
+
+
+def shared_tensors(kernel: Kernel) -> tuple[str, ...]:
+    """The largest first."""
+    shared = (b for b in kernel.buffers if b.scope is Scope.SHARED)
+    return tuple(b.name for b in sorted(shared, key=lambda b: -(b.size.constant or 0)))
+
+
+def _hosted(buffers: tuple[Buffer, ...], body: tuple[Step, ...]) -> tuple[Buffer, ...]:
+    """The buffers, with SHARED ones in the memory of others of their type that are no longer read.
+
+    A lifetime is the steps of the body from the first that mentions a buffer to the last. Greedy, in the
+    order of first mention; optimal for buffers of one size, as for intervals.
+    """
+    mentioned: dict[str, list[int]] = {}
+    for place, step in enumerate(body):
+        for name in buffers_of((step,)):
+            mentioned.setdefault(name, []).append(place)
+    shared = sorted(
+        (b for b in buffers if b.scope is Scope.SHARED and b.name in mentioned),
+        key=lambda b: mentioned[b.name][0],
+    )
+    free_after: dict[str, int] = {}  # host: the last step that its present content is needed in
+    placed: dict[str, Buffer] = {}
+    for buffer in shared:
+        first, last = mentioned[buffer.name][0], mentioned[buffer.name][-1]
+        fitting = [
+            host
+            for host, until in free_after.items()
+            if until < first and (placed[host].dtype, placed[host].size) == (buffer.dtype, buffer.size)
+        ]
+        if fitting:
+            buffer = replace(buffer, host=fitting[0])
+        free_after[fitting[0] if fitting else buffer.name] = last
+        placed[buffer.name] = buffer
+    return tuple(placed.get(b.name, b) for b in buffers)
 
 
 class _OutOfPlace(Exception):
