@@ -36,7 +36,8 @@ class LoopKind(Enum):
 class Buffer:
     """`size` elements; GLOBAL buffers are the kernel's inputs, outputs and temporaries.
 
-    A SHARED buffer with a `host` lies in that buffer's memory, whose content is no longer needed then.
+    A SHARED buffer with a `host` lies in that buffer's memory: in another SHARED one, whose content is no
+    longer needed then, or from `base` on in an output, whose content is not there yet.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Buffer:
     size: Index
     scope: Scope
     host: str | None = None
+    base: Index = ZERO
 
     @property
     def bytes(self) -> Index:
@@ -51,7 +53,11 @@ class Buffer:
         return self.size * (4 if self.dtype is DType.BOOL else self.dtype.compute.size)
 
     def __str__(self) -> str:
-        inside = "" if self.host is None else f" in {self.host}"
+        inside = (
+            ""
+            if self.host is None
+            else f" in {self.host}" + ("" if self.base.is_zero else f" from {self.base}")
+        )
         return f"{self.scope.value} {self.name}: {self.dtype.value}[{self.size}]{inside}"
 
 
@@ -115,10 +121,11 @@ class Kernel:
 
     @property
     def shared_bytes(self) -> Index:
-        """Bytes of SHARED memory that a work item needs."""
+        """Bytes of SHARED memory that a work item needs near, those that lie in an output included."""
+        shared = {b.name for b in self.buffers if b.scope is Scope.SHARED}
         total = ZERO
         for buffer in self.buffers:
-            if buffer.scope is Scope.SHARED and buffer.host is None:
+            if buffer.scope is Scope.SHARED and buffer.host not in shared:
                 total = total + buffer.bytes
         return total
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import op_interface, unpack
+from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
 from apollo_fuse.index import ONE, Index, Indirect, Iterator
 from apollo_fuse.kernel import (
@@ -64,7 +65,7 @@ class _Writer:
     lines: list[str] = field(default_factory=list)
     depth: int = 1
     hoisted: dict[Load, str] = field(default_factory=dict)  # reads that a variable outside of the loop holds
-    extremes: dict[str, str] = field(default_factory=dict)  # as `float_extremes` of the lane loop around
+    unordered: dict[str, str] = field(default_factory=dict)  # maxima and minima: whether a NaN was met
 
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)
@@ -98,7 +99,8 @@ class _Writer:
                 self.line("}")
             return
         invariant = self.invariant(loop) if loop.kind is LoopKind.LANE else []
-        scoped = loop.limit is not None or bool(invariant)
+        extremes = self.extremes(loop) if loop.kind is LoopKind.LANE else {}
+        scoped = loop.limit is not None or bool(invariant) or bool(extremes)
         if scoped:
             self.line("{")
             self.depth += 1
@@ -109,21 +111,19 @@ class _Writer:
             self.hoisted[load] = f"{load.tensor}_{len(self.hoisted)}"
             text = self.read(Target(load.tensor, load.indices[0]))
             self.line(f"const {c.compute_type(load.dtype)} {self.hoisted[load]} = {text};")
-        outer = self.extremes
+        for accumulator, dtype in extremes.items():
+            self.unordered[accumulator] = f"{accumulator}_nan"
+            kind = "int64_t" if dtype is DType.FLOAT64 else "int32_t"
+            self.line(f"{kind} {self.unordered[accumulator]} = 0;")
         if loop.kind is LoopKind.LANE:
-            self.extremes = self.float_extremes(loop)
-            for buffer, kind in self.extremes.items():
-                self.line(f"{kind} {buffer}_nan = {buffer} != {buffer};")
             self.line("#pragma omp simd" + "".join(self.clauses(loop)))
         self.line(f"for (int64_t {name} = 0; {name} < {end}; {name}++) {{")
         self.depth += 1
         self.steps(loop.body)
         self.depth -= 1
         self.line("}")
-        if loop.kind is LoopKind.LANE:
-            for buffer in self.extremes:
-                self.line(f"{buffer} = {buffer}_nan ? NAN : {buffer};")
-            self.extremes = outer
+        for accumulator in extremes:
+            self.line(f"{accumulator} = {self.unordered.pop(accumulator)} ? NAN : {accumulator};")
         for load in invariant:
             del self.hoisted[load]
         if scoped:
@@ -141,6 +141,21 @@ class _Writer:
         alike = (x for x in loads if not _tensors(x) & changing and not x.indices[0].iterators() & inside)
         return list(dict.fromkeys(alike))
 
+    def extremes(self, loop: Loop) -> dict[str, DType]:
+        """The accumulators of floats that the lanes share for a maximum or a minimum.
+
+        Whether there was a NaN is noted beside them: each turn waits for one instruction of the one before,
+        where a maximum that passes NaNs on takes four.
+        """
+        return {
+            step.targets[0].buffer: step.block.dtype.compute
+            for step in walk(loop.body)
+            if isinstance(step, Compute)
+            and step.combine in (Op.MAX, Op.MIN)
+            and step.targets[0].buffer in self.scalars
+            and step.block.dtype.compute.is_float
+        }
+
     def clauses(self, loop: Loop) -> list[str]:
         """A reduction clause for each accumulator that the lanes share."""
         found: dict[str, None] = {}
@@ -148,23 +163,11 @@ class _Writer:
             if isinstance(step, Compute) and step.combine is not None:
                 (target,) = step.targets
                 if target.buffer in self.scalars:
-                    found[f" reduction({_combiner(step.combine)} : {target.buffer})"] = None
-        found |= {f" reduction(| : {buffer}_nan)": None for buffer in self.extremes}
+                    dtype = self.kernel.buffer(target.buffer).dtype
+                    found[f" reduction({_combiner(step.combine, dtype)} : {target.buffer})"] = None
+                    if target.buffer in self.unordered:
+                        found[f" reduction(| : {self.unordered[target.buffer]})"] = None
         return list(found)
-
-    def float_extremes(self, loop: Loop) -> dict[str, str]:
-        """Accumulators of the greatest or least number over the lanes, each with the type of its NaN flag.
-
-        The compilers' own reductions pass no NaN on, and others join their lanes one by one.
-        """
-        found: dict[str, str] = {}
-        for step in walk(loop.body):
-            if isinstance(step, Compute) and step.combine in (Op.MAX, Op.MIN):
-                (target,) = step.targets
-                dtype = self.kernel.buffer(target.buffer).dtype.compute
-                if target.buffer in self.scalars and dtype.is_float:
-                    found[target.buffer] = f"int{8 * dtype.size}_t"
-        return found
 
     def compute(self, step: Compute) -> None:
         prefix = step.statement.lower()
@@ -184,14 +187,15 @@ class _Writer:
         if step.combine is not None:
             (target,) = step.targets
             place_text = self.place(target)
+            if target.buffer in self.unordered:
+                name, sign = f"{prefix}_next", ">" if step.combine is Op.MAX else "<"
+                self.line(f"const {c.compute_type(dtype)} {name} = {result};")
+                self.line(f"{self.unordered[target.buffer]} |= {name} != {name};")
+                self.line(f"{place_text} = {name} {sign} {place_text} ? {name} : {place_text};")
+                return
             value = c.apply(step.combine, (place_text, f"({result})"), (dtype, dtype), dtype)
             if step.combine is Op.ADD:
                 self.line(f"{place_text} += {result};")
-            elif target.buffer in self.extremes:
-                self.line(f"const {c.compute_type(dtype)} {prefix} = {result};")
-                self.line(f"{target.buffer}_nan |= {prefix} != {prefix};")
-                sign = ">" if step.combine is Op.MAX else "<"
-                self.line(f"{target.buffer} = {target.buffer} {sign} {prefix} ? {target.buffer} : {prefix};")
             else:
                 self.line(f"{place_text} = {value};")
             return
@@ -265,12 +269,14 @@ def _is_number(block: Block, place: int) -> bool:
     return isinstance(item, Constant) and item.value == item.value
 
 
-def _combiner(op: Op) -> str:
+def _combiner(op: Op, dtype: DType) -> str:
     match op:
         case Op.ADD:
             return "+"
         case Op.MUL:
             return "*"
+        case _ if dtype.compute.is_float:
+            return f"af_{'greatest' if op is Op.MAX else 'least'}_{c.SUFFIX[dtype.compute]}"
         case _:
             return str(op.value)
 
@@ -279,7 +285,9 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
     local = [b for b in kernel.buffers if b.scope is not Scope.GLOBAL]
     scalars = frozenset(b.name for b in local if b.size.is_one)
     arrays = [b for b in local if b.name not in scalars]
-    hosted = [b for b in arrays if b.host is not None]
+    written = {b.name for b in kernel.buffers if b.scope is Scope.GLOBAL}
+    in_outputs = [b for b in arrays if b.host in written]
+    hosted = [b for b in arrays if b.host is not None and b not in in_outputs]
     owners = [b for b in arrays if b.host is None]
     stack = [b for b in owners if (bytes_ := b.bytes.constant) is not None and bytes_ <= STACK_BYTES]
     scratch = [b for b in owners if b not in stack]
@@ -303,6 +311,10 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
     writer.line("for (int64_t item = begin; item < end; item++) {")
     writer.depth += 1
     _grid(writer, kernel.grid)
+    for buffer in in_outputs:
+        writer.line(
+            f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host} + {c.index(buffer.base)};"
+        )
     writer.steps(kernel.body)
     writer.depth -= 1
     writer.line("}")
@@ -367,7 +379,7 @@ def _grid(writer: _Writer, grid: tuple[Iterator, ...]) -> None:
 def _symbols(kernel: Kernel) -> set[str]:
     """The extents that the body of the kernel mentions."""
     found: set[Index] = {axis.extent for axis in kernel.grid}
-    found |= {b.size for b in kernel.buffers if b.scope is not Scope.GLOBAL}
+    found |= {index for b in kernel.buffers if b.scope is not Scope.GLOBAL for index in (b.size, b.base)}
     for step in walk(kernel.body):
         match step:
             case Loop(iterator, _, _, limit):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Block, Instruction, Load
 from apollo_fuse.graph import Refused
-from apollo_fuse.index import ONE, ZERO, Index, Iterator
+from apollo_fuse.index import ONE, ZERO, Index, Iterator, product
 from apollo_fuse.kernel import (
     Buffer,
     Compute,
@@ -25,11 +26,13 @@ from apollo_fuse.kernel import (
     Step,
     Target,
     buffers_of,
+    walk,
 )
 from apollo_fuse.passes.nests import Nest, Nests, Placed
 from apollo_fuse.scop import tensor_size
 
 RULE = "memory_stitching"
+NEAR = 16 * 1024  # bytes that stay in a first level cache beside what is read and written
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class MemoryStitching:
             evidence = f"{needed} bytes a work item, of {self.shared_bytes}"
             refused = Refused(tuple(nests.placed), RULE, "intermediates overflow on-chip memory", evidence)
             return Overflow(shared_tensors(kernel), refused)
-        return kernel
+        return _in_outputs(kernel)
 
 
 def shared_tensors(kernel: Kernel) -> tuple[str, ...]:
@@ -120,6 +123,51 @@ def _hosted(buffers: tuple[Buffer, ...], body: tuple[Step, ...]) -> tuple[Buffer
         free_after[fitting[0] if fitting else buffer.name] = last
         placed[buffer.name] = buffer
     return tuple(placed.get(b.name, b) for b in buffers)
+
+
+def _in_outputs(kernel: Kernel) -> Kernel:
+    """The kernel with its long SHARED buffers in the outputs that are written over them.
+
+    The memory of an output has to come near once.  It does so while an intermediate is computed, rather
+    than while it is copied, and the buffer takes no room beside it.
+    """
+    buffers = tuple(_in_output(kernel, b) if _is_long(b) else b for b in kernel.buffers)
+    return replace(kernel, buffers=buffers)
+
+
+def _is_long(buffer: Buffer) -> bool:
+    known = buffer.bytes.constant
+    plain = buffer.dtype is buffer.dtype.compute and buffer.dtype is not DType.BOOL
+    return buffer.scope is Scope.SHARED and buffer.host is None and plain and (known is None or known > NEAR)
+
+
+def _in_output(kernel: Kernel, buffer: Buffer) -> Buffer:
+    """In an output that the last reader writes element by element, where nothing else needs either."""
+    if any(b.host == buffer.name for b in kernel.buffers):
+        return buffer
+    mentions = [place for place, step in enumerate(kernel.body) if buffer.name in buffers_of((step,))]
+    steps = kernel.body[mentions[0] : mentions[-1] + 1]
+    last = [s for s in walk(steps[-1:]) if isinstance(s, Compute) and _reads(s, buffer.name)]
+    if len(last) != 1 or len(last[0].targets) != 1 or len(_reads(last[0], buffer.name)) != 1:
+        return buffer
+    (reader,) = last
+    (target,), (offset,) = reader.targets, _reads(reader, buffer.name)
+    host = kernel.buffer(target.buffer)
+    base = target.offset - offset
+    others = [s for s in walk(steps) if not isinstance(s, Loop) and s is not reader]
+    if (
+        host.scope is Scope.GLOBAL
+        and host.dtype is buffer.dtype
+        and base.iterators() <= frozenset(kernel.grid)
+        and product(i.extent for i in offset.iterators()) == buffer.size
+        and host.name not in buffers_of((*others, replace(reader, targets=())))
+    ):
+        return replace(buffer, host=host.name, base=base)
+    return buffer
+
+
+def _reads(step: Compute, name: str) -> list[Index]:
+    return [load.indices[0] for load in step.block.loads if load.tensor == name]
 
 
 class _OutOfPlace(Exception):

@@ -63,6 +63,12 @@ AF_INTEGER_OPS(uint16_t, u16)
 AF_INTEGER_OPS(uint32_t, u32)
 AF_INTEGER_OPS(uint64_t, u64)
 
+/* Without regard to NaNs, which a flag tells of, and with a start that gcc and clang agree on. */
+#pragma omp declare reduction(af_greatest_f32 : float : omp_out = omp_in > omp_out ? omp_in : omp_out) initializer(omp_priv = -INFINITY)
+#pragma omp declare reduction(af_least_f32 : float : omp_out = omp_in < omp_out ? omp_in : omp_out) initializer(omp_priv = INFINITY)
+#pragma omp declare reduction(af_greatest_f64 : double : omp_out = omp_in > omp_out ? omp_in : omp_out) initializer(omp_priv = -INFINITY)
+#pragma omp declare reduction(af_least_f64 : double : omp_out = omp_in < omp_out ? omp_in : omp_out) initializer(omp_priv = INFINITY)
+
 /* Outside of the target's range as x86-64's scalar instructions have it: negative numbers wrap. */
 AF_INLINE uint64_t af_f32_to_u64(float x) {
   return x >= 0x1p63f ? (uint64_t)(int64_t)(x - 0x1p63f) ^ UINT64_C(1) << 63 : (uint64_t)(int64_t)x;

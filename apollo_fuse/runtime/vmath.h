@@ -88,15 +88,15 @@ AF_INLINE float af_power_of_two(int32_t n) { return af_float_of_bits((uint32_t)(
 
 /* e^x; 1.03 ulp.  Scaled in two steps, so that denormal results round once and large ones reach inf.  Where the
  * result rounds to 0 the second step is 0 itself: a masked softmax is full of such places, and reaching 0 by
- * underflow would cost a hundred cycles each time.  Bounds stand first in comparisons, which are then single
- * minimum and maximum instructions. */
+ * underflow would cost a hundred cycles each time.  Each condition stands alone, on another value: of two on
+ * one, gcc makes paths, and computes half of the function for either. */
 AF_INLINE float af_expf(float x) {
-  float bounded = -104.0f > x ? -104.0f : x;
-  bounded = 89.0f < bounded ? 89.0f : bounded;
-  const af_reduced at = af_reduce_exp(bounded);
+  const af_reduced at = af_reduce_exp(-104.0f > x ? -104.0f : x);
   const int32_t half = at.n >> 1;
-  const float rest = -104.0f > x ? 0.0f : af_power_of_two(at.n - half);
-  return (1.0f + af_expm1_of_reduced(at.r)) * af_power_of_two(half) * rest;
+  const uint32_t is_positive = 0u - (uint32_t)(at.n > -150);
+  const float rest = af_float_of_bits((uint32_t)(at.n - half + 127) << 23 & is_positive);
+  const float y = (1.0f + af_expm1_of_reduced(at.r)) * af_power_of_two(half) * rest;
+  return x > 89.0f ? INFINITY : y;
 }
 
 /* e^x - 1 for -25 <= x <= 88 and NaN: with t = 2^(n-1), 2 (t (e^r - 1) + (t - 1/2)). */
