@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
@@ -12,7 +12,7 @@ from apollo_fuse import onnx_io
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.symbolic import infer_shapes
-from models import memory_bound, networks
+from models import chains, memory_bound, networks
 
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "softmax": lambda: memory_bound.softmax("rows", 512),
@@ -23,16 +23,42 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
+CHAINS: dict[str, Callable[[], onnx.ModelProto]] = {
+    "log_softmax": lambda: chains.log_softmax("rows", 512),
+    "masked_softmax": lambda: chains.masked_softmax("batch", 4, "queries", "keys"),
+    "group_norm": lambda: chains.group_norm("batch"),
+    "cross_entropy": lambda: chains.cross_entropy("rows", 1000),
+    "batch_norm_training": lambda: chains.batch_norm_training("batch"),
+    "softmax_long": lambda: memory_bound.softmax(4, 1_000_000),
+    "softmax_row": lambda: memory_bound.softmax(1, 4_000_000),
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_form_of_a_model_is_as_reviewed(
     name: str, tmp_path: Path, golden: Callable[[str, str], None]
 ) -> None:
-    path = tmp_path / "model.onnx"
-    onnx.save(MODELS[name](), path)
-    model = onnx_io.load_clean(path, tmp_path)
-    infer_shapes(model)
-    forms = plan(model, Options()).dumps
+    forms = _forms(MODELS[name](), tmp_path)
     for stage in ("clusters", "micro_graphs", "scop", "schedule", "kernel", "c"):
-        texts = [f"// {key}\n{text}" for key, text in forms.items() if stage in key.split(".")]
-        assert texts, stage
-        golden(f"{name}.{stage}.txt", "\n".join(texts))
+        golden(f"{name}.{stage}.txt", _stage(forms, stage))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_kernels_of_a_chain_of_reductions_are_as_reviewed(
+    name: str, tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    golden(f"{name}.kernel.txt", _stage(_forms(CHAINS[name](), tmp_path), "kernel"))
+
+
+def _forms(model: onnx.ModelProto, folder: Path) -> Mapping[str, str]:
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    clean = onnx_io.load_clean(path, folder)
+    infer_shapes(clean)
+    return plan(clean, Options()).dumps
+
+
+def _stage(forms: Mapping[str, str], stage: str) -> str:
+    texts = [f"// {key}\n{text}" for key, text in forms.items() if stage in key.split(".")]
+    assert texts, stage
+    return "\n".join(texts)

@@ -16,7 +16,7 @@ from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.symbolic import infer_shapes
-from models import memory_bound, networks
+from models import chains, memory_bound, networks
 from tests.test_end_to_end import text_model
 
 TOOLCHAIN = Toolchain.find({"PATH": "/usr/bin:/bin"})
@@ -52,6 +52,13 @@ MODELS = {
     "adam": partial(memory_bound.adam, 4),
     "bert_layer": networks.bert_layer,
     "a masked cell": partial(text_model, MASKED_CELL),
+    "softmax of any extents": partial(memory_bound.softmax, "rows", "columns"),
+    "softmax, few long rows": partial(memory_bound.softmax, 4, 1_000_000),
+    "group_norm": chains.group_norm,
+    "masked_softmax": chains.masked_softmax,
+    "log_softmax": chains.log_softmax,
+    "batch_norm_training": chains.batch_norm_training,
+    "cross_entropy": chains.cross_entropy,
 }
 
 
