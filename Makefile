@@ -2,6 +2,7 @@
 # make test    the tests; `make test-all` adds the slow ones
 # make bench   measure the model set against onnxruntime
 # make bench-ablation   measure what each layer of the fusion gains
+# make bench-stitching   measure reductions against kernels written by hand
 # make scale   measure how the compiler's time and memory grow with the model
 # make lint    format, lint and type checks
 # make clean   remove what builds, tests and tools leave; .venv stays
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench bench-ablation scale lint clean
+.PHONY: demo test test-all bench bench-ablation bench-stitching scale lint clean
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
@@ -41,6 +42,9 @@ bench-ablation: $(INSTALLED)
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.ablation --json build/ablation.json --markdown build/ablation.md \
 	--plot build/ablation.png $(BENCH_ARGS)
+
+bench-stitching: $(INSTALLED)
+	$(BIN)/python -m benchmarks.stitching $(BENCH_ARGS)
 
 scale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale $(SCALE_ARGS)

@@ -97,7 +97,8 @@ class FuseMicroGraph:
         lowered = LowerScop(self._schedule, TileAndMap(alone))(scop)
         if isinstance(lowered, Refused):
             return lowered
-        if lowered.group.stitches and not self.options.stitches_memory:
+        passes_on = lowered.group.stitches or (lowered.group.temporaries and not alone)
+        if passes_on and not self.options.stitches_memory:
             names = tuple(s.name for s in scop.statements)
             return Refused(names, MEMORY_STITCHING, "Layer II is off", "a loop reads what another loop made")
         return _Lowered(lowered.group, show(lowered.fused.tree), str(lowered.group))

@@ -205,7 +205,7 @@ class AggregateOps:
     ) -> tuple[MicroGraph, ...]:
         """`escaping` names the values that are needed outside the cluster."""
         growth = _Growth(cluster, self.limits, forbidden)
-        rules = RULES if self.stitches else [rule for rule in RULES if rule.allows is not _stitch]
+        rules = RULES if self.stitches else [r for r in RULES if r.allows not in (_stitch, _reduce_again)]
         changed = True
         while changed:
             changed = False
