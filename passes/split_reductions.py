@@ -100,7 +100,8 @@ class _Splitting:
         for name, op in operations.items():
             accumulator = self.local[name]
             size = accumulator.size
-            shape = (self.kernel.items, part.extent, size)
+            items = self.kernel.items  # where they are open, only few are ever split
+            shape = (items if items.constant is not None else Index.of(FEW), part.extent, size)
             partial = Value(f"{name}_parts", accumulator.dtype.compute, shape)
             self.temporaries.append(partial)
             lane = Iterator(f"{name}_lane", size)

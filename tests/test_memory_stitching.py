@@ -184,8 +184,7 @@ def test_only_as_much_is_computed_again_as_overflows(tmp_path: Path) -> None:
 
 def test_what_overflows_and_is_dear_passes_through_memory(tmp_path: Path) -> None:
     found = planned(normalised(64, 200_000, ("Sin", "Tanh", "Erf", "Cos", "Sigmoid")), tmp_path)
-    (first,) = found.rounds
-    assert [refused.reason for refused in first.refused] == ["intermediates overflow on-chip memory"]
+    assert [r.refused.reason for r in found.rounds] == ["intermediates overflow on-chip memory"]
     short = planned(normalised(64, 2_000, ("Sin", "Tanh", "Erf", "Cos", "Sigmoid")), tmp_path)
     assert not short.rounds
     assert len(short.candidates) == 1
@@ -198,6 +197,21 @@ def test_an_open_row_length_has_a_form_for_rows_that_fit_and_one_for_others(tmp_
     assert [kernel.form for kernel in group.kernels] == [0, 1]
     assert Scope.SHARED in by_form[0]
     assert Scope.SHARED not in by_form[1]
+
+
+def test_an_open_number_of_long_rows_is_split_only_where_they_are_few(tmp_path: Path) -> None:
+    group = group_of(memory_bound.softmax("rows", 1_000_000), tmp_path)
+    assert [str(form) for form in group.forms] == ["n0 <= 15"]
+    assert [kernel.form for kernel in group.kernels] == [0, 0, 0, 1]
+    assert all(extent.constant for value in group.temporaries for extent in value.shape)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16])
+def test_an_open_number_of_long_rows_is_right_split_or_not(rows: int, tmp_path: Path, cache: Path) -> None:
+    build = memory_bound.softmax("rows", 200_000)
+    fused = fuse_to_session(build, tmp_path, cache, shapes={"x": [2, 200_000]})
+    x = np.random.default_rng(0).standard_normal((rows, 200_000)).astype(np.float32)
+    np.testing.assert_allclose(fused.fused.run(None, {"x": x})[0], softmax64(x), rtol=3e-5)
 
 
 def test_many_rows_are_not_split_and_few_short_ones_neither(tmp_path: Path) -> None:
