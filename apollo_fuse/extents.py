@@ -150,14 +150,15 @@ def evaluate(index: Index, sizes: Mapping[Symbol, int]) -> int | None:
     for symbol in index.symbols():
         number = sizes.get(symbol)
         if number is None and symbol.formula is not None:
-            number = _evaluate_formula(symbol.formula, sizes)
+            number = evaluate_formula(symbol.formula, sizes)
         if number is None:
             return None
         values[symbol] = Index.of(number)
     return index.substitute(values).constant
 
 
-def _evaluate_formula(formula: Formula, sizes: Mapping[Symbol, int]) -> int | None:
+def evaluate_formula(formula: Formula, sizes: Mapping[Symbol, int]) -> int | None:
+    """The number that a formula comes to, likewise."""
     if isinstance(formula, Index):
         return evaluate(formula, sizes)
     left, right = evaluate(formula.left, sizes), evaluate(formula.right, sizes)

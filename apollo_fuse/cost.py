@@ -1,0 +1,253 @@
+"""The cost model: how long a kernel takes on a machine, and what bounds it.
+
+A roofline with levels (Williams, Waterman and Patterson, "Roofline", CACM 52, 2009; the in-core part follows
+the ECM model of Hofmann, Eitzinger and Fey): work in the core and transfers between levels of memory overlap,
+so that the longer of the two counts, and what starts loops, items, threads and kernels comes on top.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from apollo_fuse.extents import evaluate, evaluate_formula
+from apollo_fuse.index import Symbol
+from apollo_fuse.kernel import KernelGroup, Scope
+from apollo_fuse.machine import Gpu, Level, Machine, Unit
+from apollo_fuse.occupancy import Block, reached
+from apollo_fuse.scop import Derived
+from apollo_fuse.work import Stretch, Work, work_of
+
+_MOST_CHUNKS = 64  # of a kernel's items, as the plugin parts them
+
+_MOVES = frozenset(
+    {Unit.LOAD, Unit.STORE, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER, Unit.CLAMPED}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one run takes, in seconds, and what it consists of.
+
+    core: operations, reads and writes from the nearest cache, of all threads together.
+    memory: transfers from further levels by the name of the level, all threads together.
+    starts: of loops and items. threads: of parting work, and what waiting for threads leaves unused.
+    calls: of the kernel by onnxruntime, or launches.
+    compulsory, moved: distinct bytes of tensors, and bytes that cross to or from the furthest level in use.
+    """
+
+    core: float
+    memory: Mapping[str, float]
+    starts: float
+    threads: float
+    calls: float
+    elapsed: float
+    compulsory: int
+    moved: int
+
+    @property
+    def seconds(self) -> float:
+        return self.elapsed + self.calls
+
+    @property
+    def bound_by(self) -> str:
+        """What the time goes into for the most part."""
+        parts = {"operations": self.core, **self.memory, "starts of loops": self.starts}
+        parts |= {"threads": self.threads, "the call": self.calls}
+        return max(parts, key=lambda name: parts[name])
+
+    def __str__(self) -> str:
+        return f"{self.seconds * 1e6:.1f} us, bound by {self.bound_by}"
+
+
+def cost_of(
+    group: KernelGroup,
+    sizes: Mapping[Symbol, int],
+    machine: Machine,
+    threads: int | None = None,
+    block: Block | None = None,
+) -> Cost:
+    """What one run of the group takes on the machine.
+
+    sizes: the extents by their symbols, as `bound` finds them; one that is missing counts as 1.
+    threads: of a processor, all cores unless given. block: of a GPU, as it was compiled.
+    """
+    works = [work_of(kernel, sizes, machine) for kernel in group.kernels]
+    if machine.gpu is not None:
+        parts = [_on_gpu(work, machine, machine.gpu, block or Block()) for work in works]
+        return _sum(parts, machine.node * len(parts))
+    used = max(1, machine.cores if threads is None else min(threads, machine.cores))
+    tensors = len(group.inputs) + len(group.outputs)
+    return _sum([_kernel(work, machine, used) for work in works], machine.node + tensors * machine.argument)
+
+
+def bound(
+    group: KernelGroup, shapes: Sequence[Sequence[int]], elements: Mapping[int, Sequence[int]]
+) -> dict[Symbol, int]:
+    """The extents of a run, from the shapes of the inputs, and from what the inputs hold that are extents.
+
+    elements: what the input at a place holds, of those that `Extent.is_element` names. What does not follow
+    from these is left out.
+    """
+    sizes: dict[Symbol, int] = {}
+    for extent in group.extents:
+        if isinstance(extent, Derived):
+            found = evaluate_formula(extent.formula, sizes)
+        elif extent.is_element and extent.input not in elements:
+            found = None
+        else:
+            source = elements[extent.input] if extent.is_element else shapes[extent.input]
+            rest, divisor = evaluate(extent.rest, sizes), evaluate(extent.divisor, sizes)
+            found = None if rest is None or not divisor else (source[extent.axis] - rest) // divisor
+        if found is not None:
+            sizes[extent.symbol] = found
+    return sizes
+
+
+def _sum(parts: Sequence[Cost], calls: float) -> Cost:
+    """Kernels that run one after the other."""
+    memory: dict[str, float] = {}
+    for part in parts:
+        for level, seconds in part.memory.items():
+            memory[level] = memory.get(level, 0.0) + seconds
+    return Cost(
+        sum(part.core for part in parts),
+        memory,
+        sum(part.starts for part in parts),
+        sum(part.threads for part in parts),
+        calls,
+        sum(part.elapsed for part in parts),
+        sum(part.compulsory for part in parts),
+        sum(part.moved for part in parts),
+    )
+
+
+def _kernel(work: Work, machine: Machine, threads: int) -> Cost:
+    chunks = max(1, min(_MOST_CHUNKS, work.items // work.grain))
+    used = min(threads, chunks)
+    core = starts = 0.0
+    for stretch in work.stretches:
+        turns, start = _core(stretch, machine)
+        core, starts = core + turns, starts + start
+    starts += work.items * machine.item
+    moved = _moved(work, machine, used)
+    one, together = (
+        {level.name: moved[level.name].seconds(level, count) for level in machine.levels[1:]}
+        for count in (1, used)
+    )
+    alone = max(core + starts, *one.values(), 0.0)
+    shared = max((core + starts) / used, *together.values(), 0.0) * used  # of all threads
+    elapsed = alone if used == 1 else machine.launch + _schedule(shared / chunks, chunks, used, machine.wake)
+    waiting = 0.0 if used == 1 else elapsed - shared / used
+    furthest = [m.read + m.written for m in moved.values() if m.read + m.written]
+    return Cost(core, one, starts, waiting, 0.0, elapsed, work.compulsory, furthest[-1] if furthest else 0)
+
+
+def _on_gpu(work: Work, machine: Machine, gpu: Gpu, block: Block) -> Cost:
+    """Items are blocks, lanes their threads; rates are those of all multiprocessors together."""
+    share = reached(gpu, block, work.items)
+    core = sum(_core(stretch, machine)[0] for stretch in work.stretches)
+    moved = _moved(work, machine, gpu.multiprocessors)
+    memory = {
+        level.name: moved[level.name].seconds(level, gpu.multiprocessors) for level in machine.levels[1:]
+    }
+    peak = max(core, *memory.values())
+    elapsed = peak / share if share else 0.0
+    furthest = [m.read + m.written for m in moved.values() if m.read + m.written]
+    return Cost(
+        core, memory, 0.0, elapsed - peak, 0.0, elapsed, work.compulsory, furthest[-1] if furthest else 0
+    )
+
+
+def _schedule(chunk: float, chunks: int, threads: int, wake: float) -> float:
+    """Seconds until all chunks are done, each by the first thread that is free; all but one have to wake."""
+    free = [0.0] + [wake] * (threads - 1)
+    end = 0.0
+    for _ in range(chunks):
+        start = heapq.heappop(free)
+        heapq.heappush(free, start + chunk)
+        end = max(end, start + chunk)
+    return end
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """Bytes that come from a level, or go to it."""
+
+    read: int
+    written: int
+
+    def seconds(self, level: Level, threads: int) -> float:
+        """With all of so many threads moving their share."""
+        reading, writing = (level.bandwidth(rate, threads) for rate in (level.read, level.write))
+        return self.read / reading + self.written / writing
+
+
+def _moved(work: Work, machine: Machine, threads: int) -> dict[str, _Moved]:
+    """What each level but the nearest delivers and takes, where a run finds what the one before has left."""
+    own = [traffic for traffic in work.traffic if traffic.scope is Scope.GLOBAL]
+    touched = sum(traffic.lines for traffic in own)
+    found: dict[str, _Moved] = {}
+    for nearer, level in pairwise(machine.levels):
+        assert nearer.size is not None
+        room = nearer.size if nearer.shared else nearer.size * threads
+        share = _missing(touched, room)
+        read = written = 0.0
+        for traffic in own:
+            lines = traffic.lines * share
+            for between, again in traffic.again:
+                lines += again * _missing(between, nearer.size)
+            if traffic.is_write:
+                written += lines
+            else:
+                read += lines
+        found[level.name] = _Moved(round(read), round(written))
+    return found
+
+
+def _missing(touched: int, room: int) -> float:
+    """The share of what is touched in turn that is not found again in a cache of this size.
+
+    Least recently used lines go first: what is a little larger than the cache is never found. Real caches
+    know the order about, and hold other things too, hence the slope.
+    """
+    return min(1.0, max(0.0, (touched / room - 0.5) / 0.75))
+
+
+def _core(stretch: Stretch, machine: Machine) -> tuple[float, float]:
+    """Seconds of the iterations, and of the starts, of a stretch on one thread."""
+    arithmetic = ports = 0.0
+    for (unit, size), count in stretch.operations.items():
+        factor = 1.0 if stretch.is_vector else _scalar(unit, size, machine)
+        seconds = count * factor * machine.of(unit, size)
+        if unit in _MOVES:
+            ports += seconds
+        else:
+            arithmetic += seconds
+    chain = max((machine.of(unit, size) for unit, size in stretch.chains), default=0.0)
+    turns = max(arithmetic, ports, chain) * (_whole(stretch, machine) if stretch.is_vector else stretch.turns)
+    if not stretch.is_loop:
+        return turns, 0.0
+    return turns, stretch.starts * (machine.drain if stretch.is_awaited else machine.loop)
+
+
+def _whole(stretch: Stretch, machine: Machine) -> float:
+    """Iterations of a loop of vectors, with those that fill no vector counted for what they take.
+
+    What is left takes half a vector, then elements one by one; either takes half as long as a vector.
+    """
+    if not stretch.starts:
+        return 0.0
+    lanes = machine.lanes(max((size for _, size in stretch.operations), default=4))
+    each = stretch.turns / stretch.starts
+    rest = each % lanes
+    halves, single = divmod(rest, max(1, lanes // 2))
+    return stretch.starts * (each - rest + (halves + math.ceil(single)) * lanes / 2)
+
+
+def _scalar(unit: Unit, size: int, machine: Machine) -> float:
+    """How much longer an operation takes outside of vectors."""
+    return 1.0 if unit in (Unit.REMAINDER, Unit.LIBRARY) else max(1.0, machine.lanes(size) / 2)
