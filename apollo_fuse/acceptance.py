@@ -1,11 +1,14 @@
 """Decides which kernels stay: each distinct one is verified and measured against onnxruntime, in its context.
 
 A kernel's context is the convolutions right before and after it: onnxruntime runs those in a blocked
-layout when it can, and what a kernel costs includes the change of layout that it causes.
+layout when it can, and what a kernel costs includes the change of layout that it causes.  What the cost
+model predicts is the kernel's own time and that of the operators that it replaces, without either; where
+nothing is measured, that decides.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,29 +19,36 @@ import onnxruntime as ort
 from apollo_fuse import onnx_io
 from apollo_fuse.blocked import DOMAIN
 from apollo_fuse.capture import Captures
+from apollo_fuse.cost import bound, cost_of
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.expressions import Apply, Block, Op
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Pattern
+from apollo_fuse.machine import Machine
 from apollo_fuse.measure import interleaved, session_options
 from apollo_fuse.options import Options
 from apollo_fuse.region import Interface, extract, region_inputs, swap
+from apollo_fuse.scop import Extent
 from apollo_fuse.tolerance import Array
+from apollo_fuse.unfused import Ran, ran, unfused_seconds
 from apollo_fuse.verify import NOTHING, Verdict, coarsest, edge_case, failed, verify
 
 _CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
 _PASS_NAN_ON_AT_TIMES = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"})
 WINS = 0.97  # share of the unfused time that a kernel has to stay below
+_PREDICTED = "predicted to take {:.1f} us, and onnxruntime {:.1f} us without it"
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What was found of a distinct kernel; times in seconds, None where it was not measured."""
+    """What was found of a distinct kernel; times in seconds, None where it was not measured or predicted."""
 
     verdict: Verdict
     unfused: float | None
     fused: float | None
     reason: str  # why it is left out; empty when it stays
+    predicted_unfused: float | None = None
+    predicted: float | None = None
 
     @property
     def accepted(self) -> bool:
@@ -84,14 +94,18 @@ def judge(
     library: Path,
     options: Options,
     threads: int,
+    machine: Machine,
 ) -> Judgement:
-    """Verifies the kernel alone, on captured and edge inputs, then measures it in its context if wanted."""
+    """Verifies the kernel alone, on captured and edge inputs, then measures it in its context if wanted.
+
+    `machine` is what both ways are predicted for.
+    """
     for name in needed_values([candidate]):
         if name in captures.problems:
             return Judgement(NOTHING, None, None, captures.problems[name])
     arrays = captures.arrays
     try:
-        alone = _Region(candidate, candidate.part.nodes, opsets, library, threads)
+        alone = _Region(candidate, candidate.part.nodes, opsets, library, threads, profiled=True)
     except Exception as error:  # onnxruntime raises classes of its own for each status
         verdict = failed(what_onnxruntime_says(error))
         return Judgement(verdict, None, None, f"does not load: {verdict.problem}")
@@ -111,8 +125,11 @@ def judge(
     if not edges.passed:
         return Judgement(edges, None, None, f"does not verify on edge values: {edges.problem}")
     verdict = verdict.joined(edges)
+    before, after = _predicted(candidate, alone, arrays, machine, options.threads)
     if not options.measure:
-        return Judgement(verdict, None, None, "")
+        loses = after >= before and not options.fuse_all
+        reason = _PREDICTED.format(after * 1e6, before * 1e6) if loses else ""
+        return Judgement(verdict, None, None, reason, before, after)
     nodes = context(candidate)
     region = (
         alone
@@ -123,7 +140,25 @@ def judge(
     unfused, fused = interleaved([region.unfused, region.fused], feeds, seconds=options.measure_seconds * 2)
     slower = fused.share > WINS or fused.minimum > WINS * unfused.minimum
     reason = "not faster than onnxruntime" if slower else ""
-    return Judgement(verdict, unfused.minimum, fused.minimum, reason)
+    return Judgement(verdict, unfused.minimum, fused.minimum, reason, before, after)
+
+
+def _predicted(
+    candidate: Candidate, alone: _Region, arrays: Mapping[str, Array], machine: Machine, threads: int | None
+) -> tuple[float, float]:
+    """Seconds that the machine would take unfused and fused, at the shapes of the captured inputs."""
+    values = [
+        arrays[v.name or ""] if v.const_value is None else v.const_value.numpy()
+        for v in candidate.part.inputs
+    ]
+    read = {e.input for e in candidate.group.extents if isinstance(e, Extent) and e.is_element}
+    elements = {place: [int(x) for x in values[place].reshape(-1)] for place in read}
+    sizes = bound(candidate.group, [value.shape for value in values], elements)
+    used = threads or machine.cores
+    return (
+        unfused_seconds(alone.operators(), machine, used),
+        cost_of(candidate.group, sizes, machine, used).seconds,
+    )
 
 
 def _makes_integers(block: Block) -> bool:
@@ -147,6 +182,7 @@ class _Region:
         opsets: Mapping[str, int],
         library: Path,
         threads: int,
+        profiled: bool = False,
     ) -> None:
         inside = set(nodes)
         self._inputs = region_inputs(nodes)
@@ -162,13 +198,21 @@ class _Region:
             for v in outputs
             if v.is_graph_output() or not v.uses() or any(u not in inside for u, _ in v.uses())
         ] or outputs
-        self.unfused = _session(extract(nodes, opsets, outputs), threads, None)
+        profile = library.parent / "profile" if profiled else None
+        self.unfused = _session(extract(nodes, opsets, outputs), threads, None, profile)
         fused = extract(nodes, opsets, outputs)
         swap(fused, _inside(fused, candidate, nodes), candidate.name)
         self.fused = _session(fused, threads, library)
 
     def feeds(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         return {f"x{n}": arrays[v.name or ""] for n, v in enumerate(self._inputs)}
+
+    def operators(self) -> tuple[Ran, ...]:
+        """What onnxruntime ran unfused; ends the profile of a region that was made to have one."""
+        profile = Path(self.unfused.end_profiling())
+        events = json.loads(profile.read_text())
+        profile.unlink()
+        return ran(events)
 
 
 def _inside(model: ir.Model, candidate: Candidate, nodes: Sequence[ir.Node]) -> Interface:
@@ -186,8 +230,13 @@ def _inside(model: ir.Model, candidate: Candidate, nodes: Sequence[ir.Node]) -> 
     )
 
 
-def _session(model: ir.Model, threads: int, library: Path | None) -> ort.InferenceSession:
+def _session(
+    model: ir.Model, threads: int, library: Path | None, profile: Path | None = None
+) -> ort.InferenceSession:
     options = onnx_io.beside_weights(session_options(threads), model)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if library is not None:
         options.register_custom_ops_library(str(library))
     proto = ir.to_proto(model)

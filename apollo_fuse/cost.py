@@ -194,12 +194,12 @@ def _moved(work: Work, machine: Machine, threads: int) -> dict[str, _Moved]:
     for nearer, level in pairwise(machine.levels):
         assert nearer.size is not None
         room = nearer.size if nearer.shared else nearer.size * threads
-        share = _missing(touched, room)
+        share = missing(touched, room)
         read = written = 0.0
         for traffic in own:
             lines = traffic.lines * share
             for between, again in traffic.again:
-                lines += again * _missing(between, nearer.size)
+                lines += again * missing(between, nearer.size)
             if traffic.is_write:
                 written += lines
             else:
@@ -208,7 +208,7 @@ def _moved(work: Work, machine: Machine, threads: int) -> dict[str, _Moved]:
     return found
 
 
-def _missing(touched: int, room: int) -> float:
+def missing(touched: int, room: int) -> float:
     """The share of what is touched in turn that is not found again in a cache of this size.
 
     Least recently used lines go first: what is a little larger than the cache is never found. Real caches

@@ -15,16 +15,19 @@ import onnxruntime as ort
 from apollo_fuse import onnx_files
 from apollo_fuse.acceptance import Judgement, in_context, judge, needed_values
 from apollo_fuse.atomic import require_writable
+from apollo_fuse.calibration.stored import calibrated
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
 from apollo_fuse.codegen.toolchain import Toolchain, toolchains_for
 from apollo_fuse.cpu import Cpu, default_threads
+from apollo_fuse.descriptions import generic
 from apollo_fuse.errors import NoFeedsError, VerificationError
 from apollo_fuse.evidence import slower, spilled
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Value
 from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
+from apollo_fuse.machine import Machine
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan, Planner
 from apollo_fuse.progress import Progress, SilentProgress
@@ -241,9 +244,9 @@ class _Compilation:
             self._note_shapes(chosen, captures.arrays)
             for problem in dict.fromkeys(captures.problems.values()):
                 self.warnings.append(f"{problem}; kernels that read its values are left out")
-            opsets = dict(model.opset_imports)
+            opsets, machine = dict(model.opset_imports), self._machine()
             for variant, candidate in distinct.items():
-                judgement = judge(candidate, opsets, captures, library, self.options, self.threads)
+                judgement = judge(candidate, opsets, captures, library, self.options, self.threads, machine)
                 found[variant] = judgement
                 if not judgement.verdict.passed:
                     self._complain(f"kernel {candidate.name} {judgement.reason}")
@@ -275,6 +278,16 @@ class _Compilation:
             if alone is not None:
                 return Settled((), *alone, settle.judgements, laid_out=True)
         return Settled(kept, latency, verdict, settle.judgements, layout is Layout.ORT and bool(kept))
+
+    def _machine(self) -> Machine:
+        """What kernels are predicted for.
+
+        Where nothing is measured, predictions decide, so they are for a description of the best of the
+        targets, which is the same on every machine.
+        """
+        if not self.options.measure:
+            return generic(self.options.cpu.cpus[-1])
+        return calibrated(self._toolchains()[self.tried], self.options.cache_dir, self.threads)
 
     # -- parts ------------------------------------------------------------------------------
 

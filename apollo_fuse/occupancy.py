@@ -1,7 +1,7 @@
 """How many threads of a GPU's multiprocessor a kernel keeps busy, from its compiled metadata.
 
-The arithmetic is that of NVIDIA's occupancy calculator without its rounding of registers: whichever of threads,
-blocks, registers and shared memory runs out first decides.
+The arithmetic is that of NVIDIA's occupancy calculator without its rounding of registers: whichever of
+threads, blocks, registers and shared memory runs out first decides.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from apollo_fuse.machine import Gpu
 
 HIDING = 0.5
-"""The occupancy that hides the latency of memory: below it, bandwidth falls with the threads in flight (Volkov,
-"Understanding Latency Hiding on GPUs", 2016, for streams with some independent loads a thread)."""
+"""The occupancy that hides the latency of memory: below it, bandwidth falls with the threads in flight.
+
+As Volkov found for streams with some independent loads a thread ("Understanding Latency Hiding on GPUs",
+2016).
+"""
 
 
 @dataclass(frozen=True, slots=True)

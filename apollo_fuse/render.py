@@ -199,6 +199,8 @@ def _explain_kernel(kernel: KernelReport, console: Console) -> None:
         figures = f"moves {moved}; not measured"
     else:
         figures = f"moves {moved}; takes {kernel.unfused_us:.1f} us -> {kernel.fused_us:.1f} us"
+    if kernel.predicted_us is not None and kernel.predicted_unfused_us is not None:
+        figures += f"; predicted {kernel.predicted_unfused_us:.1f} us -> {kernel.predicted_us:.1f} us"
     _print(console, f"    {figures}")
 
 

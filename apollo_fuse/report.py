@@ -26,6 +26,9 @@ class KernelReport:
         extents of the run that was measured; the mean over its places.
     unfused_us, fused_us: microseconds of one run, in onnxruntime with all its optimisations and in the
         kernel; None where nothing was measured.
+    predicted_unfused_us, predicted_us: what the cost model says of the operators and of the kernel alone,
+        without the call of onnxruntime and the convolutions beside them that measured times include; None
+        where the kernel did not come so far.
     accepted: whether the written model uses it.
     reason: why it was accepted or not, in one sentence.
     instances: how many places of the model it computes, or would compute.
@@ -44,6 +47,8 @@ class KernelReport:
     accepted: bool
     reason: str
     instances: int = 1
+    predicted_unfused_us: float | None = None
+    predicted_us: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,14 +120,25 @@ def _kernel(
         accepted=accepted,
         reason=_reason(judgement, accepted),
         instances=len(same),
+        predicted_unfused_us=None
+        if judgement.predicted_unfused is None
+        else judgement.predicted_unfused * 1e6,
+        predicted_us=None if judgement.predicted is None else judgement.predicted * 1e6,
     )
 
 
 def _reason(judgement: Judgement, accepted: bool) -> str:
     if judgement.unfused is None or judgement.fused is None:
-        return judgement.reason or ("agrees with onnxruntime; not measured" if accepted else "left out")
+        return judgement.reason or (_unmeasured(judgement) if accepted else "left out")
     speed = f"{judgement.unfused / judgement.fused:.2f}x as fast as onnxruntime"
     return f"{judgement.reason} ({speed})" if judgement.reason else speed
+
+
+def _unmeasured(judgement: Judgement) -> str:
+    if judgement.predicted is None or judgement.predicted_unfused is None:
+        return "agrees with onnxruntime; not measured"
+    speed = judgement.predicted_unfused / judgement.predicted
+    return f"agrees with onnxruntime; predicted to be {speed:.2f}x as fast, not measured"
 
 
 def _shape_text(value: Value) -> str:

@@ -164,7 +164,8 @@ _Body = Callable[[BlockBuilder, int, DType], int]
 def _chain(builder: BlockBuilder, place: int, dtype: DType) -> int:
     for step in range(CHAIN):
         factor = builder.add(Constant(3 + step, dtype))
-        place = builder.add(Apply(Op.MUL if step % 2 else Op.ADD, (place, factor), dtype))
+        other = Op.MUL if dtype.is_float else Op.XOR  # products of integers a compiler makes one of
+        place = builder.add(Apply(other if step % 2 else Op.ADD, (place, factor), dtype))
     return place
 
 
