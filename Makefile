@@ -3,6 +3,7 @@
 # make bench   measure the model set against onnxruntime
 # make bench-ablation   measure what each layer of the fusion gains
 # make bench-stitching   measure reductions against kernels written by hand
+# make bench-cost   measure how far the cost model is from what kernels take
 # make scale   measure how the compiler's time and memory grow with the model
 # make lint    format, lint and type checks
 # make clean   remove what builds, tests and tools leave; .venv stays
@@ -15,13 +16,14 @@ DEMO_ARGS ?= --shape x:1,3,48,320
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SCALE_ARGS ?=
+COST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench bench-ablation bench-stitching scale lint clean
+.PHONY: demo test test-all bench bench-ablation bench-cost bench-stitching scale lint clean
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
@@ -45,6 +47,9 @@ bench-ablation: $(INSTALLED)
 
 bench-stitching: $(INSTALLED)
 	$(BIN)/python -m benchmarks.stitching $(BENCH_ARGS)
+
+bench-cost: $(INSTALLED)
+	$(BIN)/python -m benchmarks.cost $(COST_ARGS)
 
 scale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale $(SCALE_ARGS)

@@ -19,7 +19,6 @@ import onnxruntime as ort
 from apollo_fuse import onnx_io
 from apollo_fuse.blocked import DOMAIN
 from apollo_fuse.capture import Captures
-from apollo_fuse.cost import bound, cost_of
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.expressions import Apply, Block, Op
 from apollo_fuse.fusion import Candidate
@@ -27,10 +26,10 @@ from apollo_fuse.graph import Pattern
 from apollo_fuse.machine import Machine
 from apollo_fuse.measure import interleaved, session_options
 from apollo_fuse.options import Options
+from apollo_fuse.predicted import predicted
 from apollo_fuse.region import Interface, extract, region_inputs, swap
-from apollo_fuse.scop import Extent
 from apollo_fuse.tolerance import Array
-from apollo_fuse.unfused import Ran, ran, unfused_seconds
+from apollo_fuse.unfused import Ran, ran
 from apollo_fuse.verify import NOTHING, Verdict, coarsest, edge_case, failed, verify
 
 _CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
@@ -105,7 +104,7 @@ def judge(
             return Judgement(NOTHING, None, None, captures.problems[name])
     arrays = captures.arrays
     try:
-        alone = _Region(candidate, candidate.part.nodes, opsets, library, threads, profiled=True)
+        alone = Region(candidate, candidate.part.nodes, opsets, library, threads, profiled=True)
     except Exception as error:  # onnxruntime raises classes of its own for each status
         verdict = failed(what_onnxruntime_says(error))
         return Judgement(verdict, None, None, f"does not load: {verdict.problem}")
@@ -125,7 +124,7 @@ def judge(
     if not edges.passed:
         return Judgement(edges, None, None, f"does not verify on edge values: {edges.problem}")
     verdict = verdict.joined(edges)
-    before, after = _predicted(candidate, alone, arrays, machine, options.threads)
+    before, after = predicted(candidate, alone.operators(), arrays, machine, options.threads)
     if not options.measure:
         loses = after >= before and not options.fuse_all
         reason = _PREDICTED.format(after * 1e6, before * 1e6) if loses else ""
@@ -134,31 +133,13 @@ def judge(
     region = (
         alone
         if len(nodes) == len(candidate.part.nodes)
-        else _Region(candidate, nodes, opsets, library, threads)
+        else Region(candidate, nodes, opsets, library, threads)
     )
     feeds = region.feeds(arrays)
     unfused, fused = interleaved([region.unfused, region.fused], feeds, seconds=options.measure_seconds * 2)
     slower = fused.share > WINS or fused.minimum > WINS * unfused.minimum
     reason = "not faster than onnxruntime" if slower else ""
     return Judgement(verdict, unfused.minimum, fused.minimum, reason, before, after)
-
-
-def _predicted(
-    candidate: Candidate, alone: _Region, arrays: Mapping[str, Array], machine: Machine, threads: int | None
-) -> tuple[float, float]:
-    """Seconds that the machine would take unfused and fused, at the shapes of the captured inputs."""
-    values = [
-        arrays[v.name or ""] if v.const_value is None else v.const_value.numpy()
-        for v in candidate.part.inputs
-    ]
-    read = {e.input for e in candidate.group.extents if isinstance(e, Extent) and e.is_element}
-    elements = {place: [int(x) for x in values[place].reshape(-1)] for place in read}
-    sizes = bound(candidate.group, [value.shape for value in values], elements)
-    used = threads or machine.cores
-    return (
-        unfused_seconds(alone.operators(), machine, used),
-        cost_of(candidate.group, sizes, machine, used).seconds,
-    )
 
 
 def _makes_integers(block: Block) -> bool:
@@ -172,7 +153,7 @@ def _makes_integers(block: Block) -> bool:
     )
 
 
-class _Region:
+class Region:
     """A sub-graph as two sessions: as onnxruntime runs it, and with the candidate's kernel in it."""
 
     def __init__(

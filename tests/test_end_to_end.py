@@ -154,7 +154,7 @@ def test_a_fused_model_is_the_original_with_and_without_its_library(
 ) -> None:
     build, sizes = SMALL[name]
     model = build()
-    report = fuse(model, shapes=shapes_of(sizes))
+    report = fuse(model, shapes=shapes_of(sizes), fuse_all=True)
     assert report.library == tmp_path / "net.fused.so"
     assert report.fused_nodes == len(fused_ops(report.output)) > 0
     assert report.verification.passed and report.verification.cases > 0

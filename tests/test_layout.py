@@ -258,7 +258,9 @@ def test_a_fused_model_computes_the_same_with_and_without_its_library(
     model = build(channels=24, size="size", blocks=2)
     path, output = tmp_path / "model.onnx", tmp_path / "fused.onnx"
     onnx.save(model, path)
-    options = Options(layout=chosen, measure=False, strict=True, cache_dir=cache, shapes=(SHAPE,))
+    options = Options(
+        layout=chosen, measure=False, strict=True, fuse_all=True, cache_dir=cache, shapes=(SHAPE,)
+    )
     report = apollo_fuse.fuse(path, output, options)
     assert report.library is not None
     assert report.layout == chosen

@@ -64,7 +64,7 @@ def test_equal_layers_are_scheduled_compiled_and_judged_once(
         calls.clear()
         folder = tmp_path / str(count)
         folder.mkdir()
-        report = fused(layers(10 * count), folder)
+        report = fused(layers(10 * count), folder, fuse_all=True)
         assert report.fused_nodes >= 2 * (count - 1)
         found.append(Counter(calls))
     few, many = found
