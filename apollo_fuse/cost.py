@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,7 +37,7 @@ class Cost:
     memory: transfers from further levels by the name of the level, all threads together.
     starts: of loops and items. threads: of parting work, and what waiting for threads leaves unused.
     calls: of the kernel by onnxruntime, or launches.
-    compulsory, moved: distinct bytes of tensors, and bytes that cross to or from the furthest level in use.
+    compulsory: distinct bytes of tensors. moved: bytes that come from a level or go to it, by its name.
     """
 
     core: float
@@ -46,7 +47,7 @@ class Cost:
     calls: float
     elapsed: float
     compulsory: int
-    moved: int
+    moved: Mapping[str, int]
 
     @property
     def seconds(self) -> float:
@@ -109,10 +110,11 @@ def bound(
 
 def _sum(parts: Sequence[Cost], calls: float) -> Cost:
     """Kernels that run one after the other."""
-    memory: dict[str, float] = {}
+    memory: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
     for part in parts:
-        for level, seconds in part.memory.items():
-            memory[level] = memory.get(level, 0.0) + seconds
+        memory.update(part.memory)
+        moved.update(part.moved)
     return Cost(
         sum(part.core for part in parts),
         memory,
@@ -121,7 +123,7 @@ def _sum(parts: Sequence[Cost], calls: float) -> Cost:
         calls,
         sum(part.elapsed for part in parts),
         sum(part.compulsory for part in parts),
-        sum(part.moved for part in parts),
+        moved,
     )
 
 
@@ -134,16 +136,25 @@ def _kernel(work: Work, machine: Machine, threads: int) -> Cost:
         core, starts = core + turns, starts + start
     starts += work.items * machine.item
     moved = _moved(work, machine, used)
-    one, together = (
-        {level.name: moved[level.name].seconds(level, count) for level in machine.levels[1:]}
-        for count in (1, used)
+    levels = machine.levels[1:]
+    one = {level.name: moved[level.name].seconds(level, 1) for level in levels}
+    if used == 1:
+        elapsed = max(core + starts, *one.values(), 0.0)
+    else:
+        streamed = (_streamed(moved[x.name].seconds(x, used), one[x.name], machine.wake) for x in levels)
+        computed = _schedule((core + starts) / chunks, chunks, used, machine.wake)
+        elapsed = machine.launch + max(computed, *streamed)
+    shared = max((core + starts) / used, *(moved[level.name].seconds(level, used) for level in levels), 0.0)
+    return Cost(
+        core,
+        one,
+        starts,
+        elapsed - shared,
+        0.0,
+        elapsed,
+        work.compulsory,
+        {name: m.read + m.written for name, m in moved.items()},
     )
-    alone = max(core + starts, *one.values(), 0.0)
-    shared = max((core + starts) / used, *together.values(), 0.0) * used  # of all threads
-    elapsed = alone if used == 1 else machine.launch + _schedule(shared / chunks, chunks, used, machine.wake)
-    waiting = 0.0 if used == 1 else elapsed - shared / used
-    furthest = [m.read + m.written for m in moved.values() if m.read + m.written]
-    return Cost(core, one, starts, waiting, 0.0, elapsed, work.compulsory, furthest[-1] if furthest else 0)
 
 
 def _on_gpu(work: Work, machine: Machine, gpu: Gpu, block: Block) -> Cost:
@@ -156,10 +167,21 @@ def _on_gpu(work: Work, machine: Machine, gpu: Gpu, block: Block) -> Cost:
     }
     peak = max(core, *memory.values())
     elapsed = peak / share if share else 0.0
-    furthest = [m.read + m.written for m in moved.values() if m.read + m.written]
     return Cost(
-        core, memory, 0.0, elapsed - peak, 0.0, elapsed, work.compulsory, furthest[-1] if furthest else 0
+        core,
+        memory,
+        0.0,
+        elapsed - peak,
+        0.0,
+        elapsed,
+        work.compulsory,
+        {name: m.read + m.written for name, m in moved.items()},
     )
+
+
+def _streamed(together: float, alone: float, wake: float) -> float:
+    """Seconds of moving what all threads move in `together` and one in `alone`, with the others waking."""
+    return alone if alone <= wake else together + wake * (1 - together / alone)
 
 
 def _schedule(chunk: float, chunks: int, threads: int, wake: float) -> float:
@@ -228,7 +250,8 @@ def _core(stretch: Stretch, machine: Machine) -> tuple[float, float]:
         else:
             arithmetic += seconds
     chain = max((machine.of(unit, size) for unit, size in stretch.chains), default=0.0)
-    turns = max(arithmetic, ports, chain) * (_whole(stretch, machine) if stretch.is_vector else stretch.turns)
+    whole = stretch.is_vector and stretch.is_ragged
+    turns = max(arithmetic, ports, chain) * (_whole(stretch, machine) if whole else stretch.turns)
     if not stretch.is_loop:
         return turns, 0.0
     return turns, stretch.starts * (machine.drain if stretch.is_awaited else machine.loop)

@@ -287,7 +287,8 @@ class _Compilation:
         """
         if not self.options.measure:
             return generic(self.options.cpu.cpus[-1])
-        return calibrated(self._toolchains()[self.tried], self.options.cache_dir, self.threads)
+        toolchain, cache = self._toolchains()[self.tried], self.options.cache_dir
+        return calibrated(toolchain, cache, self.threads, anew=self.options.remeasure)
 
     # -- parts ------------------------------------------------------------------------------
 

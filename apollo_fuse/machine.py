@@ -97,8 +97,8 @@ class Level:
     """A level of memory, the nearest first; the last holds everything.
 
     size: bytes that one core has of it, or all together where it is `shared`; None for the last.
-    read, write: bytes a second that one thread moves; most: those of all cores together, None where each has
-        its own.
+    read, write: bytes a second that one thread moves.
+    most: bytes a second that all cores together read, None where each has its own.
     """
 
     name: str
@@ -110,7 +110,9 @@ class Level:
 
     def bandwidth(self, rate: float, threads: int) -> float:
         """Bytes a second of `threads` threads that move `rate` each, alone."""
-        return threads * rate if self.most is None else min(threads * rate, max(rate, self.most))
+        if self.most is None:
+            return threads * rate
+        return min(threads * rate, max(rate, self.most * rate / self.read))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,9 @@ class Stretch:
     starts: how often the loop begins, or how often the statements run where there is no loop.
     turns: its iterations, all starts together.
     operations: operations of one iteration by unit and bytes of the element; chains: those of them that wait
-        for the iteration before. is_awaited: whether a later loop of the item waits for the chains' results.
+        for the iteration before.
+    is_ragged: whether each run of the loop may end within a vector, and not the last of many tiles alone.
+    is_awaited: whether a later loop of the item waits for what the chains come to.
     """
 
     starts: float
@@ -44,6 +46,7 @@ class Stretch:
     is_vector: bool
     operations: Mapping[tuple[Unit, int], float]
     chains: Mapping[tuple[Unit, int], int]
+    is_ragged: bool = True
     is_awaited: bool = False
 
 
@@ -187,7 +190,7 @@ class _Counting:
     machine: Machine
     accesses: list[_Access] = field(default_factory=list)
     stretches: list[Stretch] = field(default_factory=list)
-    _shares: dict[Iterator, float] = field(default_factory=dict)  # of a tile's turns that are taken
+    _turns: dict[Iterator, float] = field(default_factory=dict)  # of tiles that end early
 
     def work(self) -> Work:
         extent = self.numbers.extent
@@ -234,7 +237,10 @@ class _Counting:
                 self._loop(step, around, runs)
 
     def _loop(self, loop: Loop, around: tuple[Iterator, ...], runs: float) -> None:
-        turns = runs * self._mean_turns(loop)
+        each = self._mean_turns(loop)
+        turns = runs * each
+        self._turns[loop.iterator] = each
+        ragged = loop.limit is None or each == self.numbers.number(loop.limit)
         inside = (*around, loop.iterator)
         body = [step for step in loop.body if not isinstance(step, Loop)]
         unrolled = [step for step in loop.body if isinstance(step, Loop) and step.kind is LoopKind.UNROLLED]
@@ -242,9 +248,13 @@ class _Counting:
         if known is not None and known <= _UNROLLED and len(body) == len(loop.body):
             self._stretch(loop.body, inside, turns, turns, None)  # as compilers write it out
         elif loop.kind is LoopKind.LANE or len(body) + len(unrolled) == len(loop.body):
-            self._stretch(loop.body, inside, runs, turns, loop.iterator)
+            self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged)
         else:
             self._steps(loop.body, inside, turns)
+
+    def _turns_of(self, iterator: Iterator) -> float:
+        found = self._turns.get(iterator)
+        return self.numbers.extent(iterator) if found is None else found
 
     def _mean_turns(self, loop: Loop) -> float:
         """Iterations of one run of the loop; of a tile that ends at the end of an axis, in the mean."""
@@ -262,12 +272,13 @@ class _Counting:
         starts: float,
         turns: float,
         lane: Iterator | None,
+        ragged: bool = True,
     ) -> None:
         body = _Body(self, lane)
         body.steps(steps, around, 1)
         is_vector = lane is not None and body.is_vector
         self.stretches.append(
-            Stretch(starts, turns, lane is not None, is_vector, body.operations, body.chains)
+            Stretch(starts, turns, lane is not None, is_vector, body.operations, body.chains, ragged)
         )
 
     # -- traffic ----------------------------------------------------------------------------
@@ -293,7 +304,7 @@ class _Counting:
                 continue
             every = frozenset(i for a in own for i in a.loops)
             touched, lines = self._footprint(own, every, whole)
-            accessed = sum(a.size * math.prod(self.numbers.extent(i) for i in a.loops) for a in own)
+            accessed = round(sum(a.size * math.prod(map(self._turns_of, a.loops)) for a in own))
             found.append(
                 Traffic(
                     name, buffer.scope, is_write, touched, lines, accessed, self._again(own[0], lines, whole)

@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of all sessions")
     chosen = parser.parse_args(arguments)
     options = Options()
-    machine = calibrated(Toolchain.find(os.environ), options.cache_dir, chosen.threads)
+    machine = calibrated(Toolchain.find(os.environ), options.cache_dir, chosen.threads, anew=True)
     rows: list[KernelRow] = []
     errors = Console(stderr=True)
     for name in chosen.only or models.names():

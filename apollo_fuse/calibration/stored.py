@@ -14,7 +14,7 @@ from apollo_fuse.atomic import write_text
 from apollo_fuse.calibration import kernels
 from apollo_fuse.calibration.measuring import measure
 from apollo_fuse.codegen.toolchain import Toolchain
-from apollo_fuse.machine import Level, Machine, Runtime, Unit
+from apollo_fuse.machine import Level, Machine, MachineError, Runtime, Unit
 from apollo_fuse.summary import cpu_name
 
 FORMAT = 1
@@ -23,14 +23,15 @@ _PLAIN = ("name", "source", "cores", "vector", "line", "ways")
 _TIMES = ("loop", "drain", "item", "node", "argument", "launch", "wake")
 
 
-def calibrated(toolchain: Toolchain, cache: Path, threads: int) -> Machine:
-    """The machine at hand, for code of `toolchain`: measured now, or as it was measured before.
+def calibrated(toolchain: Toolchain, cache: Path, threads: int, anew: bool = False) -> Machine:
+    """The machine at hand, for code of `toolchain`: as it was measured before, or else measured now.
 
-    A file that cannot be read, or was made under other facts, is made anew. Raises CompilerError.
+    With `anew` it is measured in any case. A file that cannot be read, or was made under other facts, is made
+    anew. Raises CompilerError.
     """
     facts = _facts(toolchain, threads)
     place = cache / "machines" / f"{_digest(facts)}.json"
-    found = recall(place, facts)
+    found = None if anew else recall(place, facts)
     if found is None:
         found = measure(toolchain, cache, threads)
         remember(place, facts, found)
@@ -48,7 +49,7 @@ def recall(place: Path, facts: Mapping[str, str]) -> Machine | None:
         found = json.loads(place.read_text())
         same = found["format"] == FORMAT and found["facts"] == dict(facts)
         return from_json(found["machine"]) if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, MachineError):
         return None
 
 
