@@ -71,6 +71,7 @@ class _Compilation:
     given: dict[str, Array] = field(default_factory=dict)  # inputs that the user chose
     shapes: list[tuple[Value, tuple[int, ...]]] = field(default_factory=list)  # in the measured run
     toolchains: dict[Cpu, Toolchain] = field(default_factory=dict)
+    machine: Machine | None = None  # as calibrated
 
     @property
     def threads(self) -> int:
@@ -285,10 +286,10 @@ class _Compilation:
         Where nothing is measured, predictions decide, so they are for a description of the best of the
         targets, which is the same on every machine.
         """
-        if not self.options.measure:
-            return generic(self.options.cpu.cpus[-1])
-        toolchain, cache = self._toolchains()[self.tried], self.options.cache_dir
-        return calibrated(toolchain, cache, self.threads, anew=self.options.remeasure)
+        if self.machine is None and self.options.measure:
+            toolchain, cache = self._toolchains()[self.tried], self.options.cache_dir
+            self.machine = calibrated(toolchain, cache, self.threads, anew=self.options.remeasure)
+        return self.machine or generic(self.options.cpu.cpus[-1])
 
     # -- parts ------------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
 """What one run of a kernel does, counted from its IR at given extents: items, loops, operations, traffic.
 
-Counts are those of the loops as they stand.  Bytes are counted for each buffer from the strides of its
-accesses: how many elements are distinct, how many cache lines they lie in, and how often an outer loop comes
-back to them.
+Counts are those of the loops as they stand, with what compilers take out of them left out; `traffic` counts
+the bytes.
 """
 
 from __future__ import annotations
@@ -16,16 +15,15 @@ from apollo_fuse.codegen.c import GRAIN
 from apollo_fuse.codegen.expressions import compute_bytes
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Constant, Load, Op, Position
-from apollo_fuse.extents import evaluate
-from apollo_fuse.index import Atom, Index, Indirect, Iterator, Maximum, Quotient, Symbol
+from apollo_fuse.index import Index, Indirect, Iterator, Maximum, Quotient
 from apollo_fuse.kernel import Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
 from apollo_fuse.machine import UNITS, Machine, Unit, is_vectorised
+from apollo_fuse.strides import Numbers, Sizes
+from apollo_fuse.traffic import Access, Footprints, Traffic
 
 _UNROLLED = 8  # turns of a loop up to which a compiler writes them out
 _READS = (Unit.LOAD, Unit.GATHER, Unit.FAR_GATHER)
 _WRITES = (Unit.STORE, Unit.SCATTER, Unit.FAR_SCATTER)
-
-Sizes = Mapping[Symbol, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +49,6 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """What a kernel does to one buffer, in bytes.
-
-    touched: distinct bytes. lines: of the cache lines that they lie in. accessed: all reads or writes.
-    again: for each loop that comes back to the same lines, bytes touched between two of its turns and bytes
-        that are then read once more, the outermost first.
-    """
-
-    buffer: str
-    scope: Scope
-    is_write: bool
-    touched: int
-    lines: int
-    accessed: int
-    again: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Work:
     """One run of a kernel. grain: items that are worth a thread. item_bytes: on-chip memory of an item."""
 
@@ -86,109 +66,15 @@ class Work:
 
 def work_of(kernel: Kernel, sizes: Sizes, machine: Machine) -> Work:
     """Counts one run of the kernel with these extents."""
-    return _Counting(kernel, _Numbers(sizes), machine).work()
-
-
-@dataclass(slots=True)
-class _Numbers:
-    """Indices as numbers: extents are known, iterators are not."""
-
-    sizes: Sizes
-    _extents: dict[Iterator, int] = field(default_factory=dict)
-    _values: dict[Symbol, int] = field(default_factory=dict)
-
-    def symbol(self, symbol: Symbol) -> int:
-        found = self._values.get(symbol)
-        if found is None:
-            known = self.sizes.get(symbol)
-            found = known if known is not None else evaluate(Index.of(symbol), self.sizes)
-            self._values[symbol] = found = 1 if found is None else found
-        return found
-
-    def extent(self, iterator: Iterator) -> int:
-        found = self._extents.get(iterator)
-        if found is None:
-            found = self._extents[iterator] = max(0, self.number(iterator.extent))
-        return found
-
-    def number(self, index: Index, iterator: int = 0) -> int:
-        """The index with every iterator at `iterator`."""
-        total = 0
-        for monomial, coefficient in index.terms:
-            product = coefficient
-            for atom in monomial:
-                product *= self._atom(atom, iterator)
-            total += product
-        return total
-
-    def _atom(self, atom: Atom, iterator: int) -> int:
-        match atom:
-            case Symbol():
-                return self.symbol(atom)
-            case Iterator():
-                return iterator
-            case Quotient(numerator, divisor):
-                by = self.number(divisor, iterator)
-                return self.number(numerator, iterator) // by if by else 0
-            case Maximum(left, right):
-                return max(self.number(left, iterator), self.number(right, iterator))
-            case Indirect():
-                return 0
-
-    def strides(self, index: Index) -> dict[Atom, int]:
-        """The distance that a step of each atom other than an extent makes."""
-        found: dict[Atom, int] = {}
-        for monomial, coefficient in index.terms:
-            moving = [atom for atom in monomial if not isinstance(atom, Symbol)]
-            if not moving:
-                continue
-            for atom in monomial:
-                if isinstance(atom, Symbol):
-                    coefficient *= self.symbol(atom)
-            for atom in moving:
-                found[atom] = found.get(atom, 0) + coefficient
-        return {atom: stride for atom, stride in found.items() if stride}
-
-    def values(self, atom: Atom, loops: frozenset[Iterator]) -> int:
-        """How many values the atom takes in these loops."""
-        match atom:
-            case Symbol():
-                return 1
-            case Iterator():
-                return max(1, self.extent(atom)) if atom in loops else 1
-            case Quotient(numerator, divisor):
-                by = max(1, self.number(divisor))
-                return 1 + (self.span(self.strides(numerator), loops) - 1) // by
-            case Maximum(left, right):
-                return max(self.span(self.strides(x), loops) for x in (left, right))
-            case Indirect(_, indices, extent):
-                reads = math.prod(max(1, self.extent(i)) for x in indices for i in x.iterators() & loops)
-                return max(1, min(reads, self.number(extent)))
-
-    def span(self, strides: Mapping[Atom, int], loops: frozenset[Iterator]) -> int:
-        """Elements from the first to the last that is touched."""
-        return 1 + sum(abs(stride) * (self.values(atom, loops) - 1) for atom, stride in strides.items())
-
-
-@dataclass(frozen=True, slots=True)
-class _Access:
-    """A read or write with the loops around it, the outermost first."""
-
-    buffer: str
-    size: int  # bytes of an element
-    strides: Mapping[Atom, int]
-    start: int
-    loops: tuple[Iterator, ...]
-    depends: frozenset[Iterator]
-    is_write: bool
+    return _Counting(kernel, Numbers(sizes), machine).work()
 
 
 @dataclass(slots=True)
 class _Counting:
     kernel: Kernel
-    numbers: _Numbers
+    numbers: Numbers
     machine: Machine
-    accesses: list[_Access] = field(default_factory=list)
+    accesses: list[Access] = field(default_factory=list)
     stretches: list[Stretch] = field(default_factory=list)
     _turns: dict[Iterator, float] = field(default_factory=dict)  # of tiles that end early
 
@@ -196,7 +82,9 @@ class _Counting:
         extent = self.numbers.extent
         items = math.prod(extent(axis) for axis in self.kernel.grid)
         self._steps(self.kernel.body, self.kernel.grid, float(items))
-        traffic = [self._traffic(buffer.name) for buffer in self.kernel.buffers]
+        line = self.machine.line
+        footprints = Footprints(self.kernel, self.numbers, line, self.accesses, self._turns)
+        traffic = [footprints.of(buffer.name) for buffer in self.kernel.buffers]
         local = sum(
             self.numbers.number(b.size) * compute_bytes(b.dtype)
             for b in self.kernel.buffers
@@ -246,15 +134,11 @@ class _Counting:
         unrolled = [step for step in loop.body if isinstance(step, Loop) and step.kind is LoopKind.UNROLLED]
         known = loop.iterator.extent.constant
         if known is not None and known <= _UNROLLED and len(body) == len(loop.body):
-            self._stretch(loop.body, inside, turns, turns, None)  # as compilers write it out
+            self._stretch(loop.body, inside, turns, turns, None, written_out=True)
         elif loop.kind is LoopKind.LANE or len(body) + len(unrolled) == len(loop.body):
             self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged)
         else:
             self._steps(loop.body, inside, turns)
-
-    def _turns_of(self, iterator: Iterator) -> float:
-        found = self._turns.get(iterator)
-        return self.numbers.extent(iterator) if found is None else found
 
     def _mean_turns(self, loop: Loop) -> float:
         """Iterations of one run of the loop; of a tile that ends at the end of an axis, in the mean."""
@@ -273,8 +157,9 @@ class _Counting:
         turns: float,
         lane: Iterator | None,
         ragged: bool = True,
+        written_out: bool = False,
     ) -> None:
-        body = _Body(self, lane)
+        body = _Body(self, lane, written_out)
         body.steps(steps, around, 1)
         is_vector = lane is not None and body.is_vector
         self.stretches.append(
@@ -289,82 +174,19 @@ class _Counting:
         strides = self.numbers.strides(target.offset)
         depends = target.offset.iterators()
         start = self.numbers.number(target.offset)
-        self.accesses.append(_Access(target.buffer, size, strides, start, around, depends, is_write))
-
-    def _traffic(self, name: str) -> list[Traffic]:
-        buffer = self.kernel.buffer(name)
-        if buffer.scope is Scope.REGISTER:
-            return []
-        size = buffer.dtype.size if buffer.scope is Scope.GLOBAL else compute_bytes(buffer.dtype)
-        whole = self.numbers.number(buffer.size) * size
-        found: list[Traffic] = []
-        for is_write in (False, True):
-            own = [a for a in self.accesses if a.buffer == name and a.is_write == is_write]
-            if not own:
-                continue
-            every = frozenset(i for a in own for i in a.loops)
-            touched, lines = self._footprint(own, every, whole)
-            accessed = round(sum(a.size * math.prod(map(self._turns_of, a.loops)) for a in own))
-            found.append(
-                Traffic(
-                    name, buffer.scope, is_write, touched, lines, accessed, self._again(own[0], lines, whole)
-                )
-            )
-        return found
-
-    def _footprint(self, accesses: list[_Access], loops: frozenset[Iterator], whole: int) -> tuple[int, int]:
-        """Distinct bytes that the accesses to one buffer touch in these loops, and those of their lines."""
-        groups: dict[tuple[tuple[Atom, int], ...], set[int]] = {}
-        for access in accesses:
-            groups.setdefault(tuple(access.strides.items()), set()).add(access.start)
-        size = accesses[0].size
-        touched = lines = 0
-        for strides, starts in groups.items():
-            moving = dict(strides)
-            span = self.numbers.span(moving, loops) + max(starts) - min(starts)
-            counts = {atom: self.numbers.values(atom, loops) for atom in moving}
-            under = frozenset(i for atom in moving for i in Index.of(atom).iterators()) & loops
-            points = min(math.prod(counts.values()), math.prod(max(1, self.numbers.extent(i)) for i in under))
-            distinct = min(points * len(starts), span)
-            step = min((abs(s) for atom, s in moving.items() if counts[atom] > 1), default=1)
-            each = min(max(1, step // len(starts)) * size, self.machine.line)
-            touched += distinct * size
-            lines += max(
-                min(distinct * each, -(-span * size // self.machine.line) * self.machine.line),
-                distinct * size,
-            )
-        return min(touched, whole), min(lines, max(whole, self.machine.line))
-
-    def _again(self, access: _Access, lines: int, whole: int) -> tuple[tuple[int, int], ...]:
-        """Loops that the access does not depend on, around others that it does."""
-        found: list[tuple[int, int]] = []
-        times = 1
-        for place, loop in enumerate(access.loops):
-            turns = self.numbers.extent(loop)
-            inner = access.loops[place + 1 :]
-            if loop in access.depends or turns < 2 or not any(i in access.depends for i in inner):
-                continue
-            found.append((self._between(frozenset(inner)), lines * times * (turns - 1)))
-            times *= turns
-        return tuple(found)
-
-    def _between(self, loops: frozenset[Iterator]) -> int:
-        """Bytes of all buffers that are touched in one turn around these loops."""
-        total = 0
-        for name in {a.buffer for a in self.accesses}:
-            own = [a for a in self.accesses if a.buffer == name and loops & set(a.loops)]
-            if own:
-                whole = self.numbers.number(self.kernel.buffer(name).size) * own[0].size
-                total += self._footprint(own, loops, whole)[1]
-        return total
+        self.accesses.append(Access(target.buffer, size, strides, start, around, depends, is_write))
 
 
 @dataclass(slots=True)
 class _Body:
-    """The operations of one iteration of an innermost loop; equal reads of it are one."""
+    """The operations of one iteration of an innermost loop; equal reads of it are one.
+
+    is_written_out: a loop of few turns, in which positions are constants to the compiler.
+    """
 
     counting: _Counting
     lane: Iterator | None
+    is_written_out: bool = False
     operations: Counter[tuple[Unit, int]] = field(default_factory=Counter)
     chains: Counter[tuple[Unit, int]] = field(default_factory=Counter)
     is_vector: bool = True
@@ -389,18 +211,17 @@ class _Body:
         block = step.block
         moving: list[bool] = []  # whether the value changes along the lanes; what does not is computed before
         for item in block.instructions:
-            moves = self.lane is None
             match item:
                 case Load(tensor, indices, _):
                     self._load(Target(tensor, indices[0]), around, times)
-                    moves |= self._moves(indices[0]) or tensor in self._made
+                    moves = self.lane is None or self._moves(indices[0]) or tensor in self._made
                 case Apply(op, operands, dtype):
-                    moves |= any(moving[operand] for operand in operands)
+                    moves = any(moving[operand] for operand in operands)
                     if moves:
                         bounded = isinstance(block.instructions[operands[-1]], Constant)
                         self._apply(op, block.instructions[operands[0]].dtype, dtype, bounded, times)
                 case Position(index, dtype):
-                    moves |= self._moves(index)
+                    moves = self._moves(index) if self.lane is not None else not self.is_written_out
                     if moves:
                         self._count(Unit.CONVERT if dtype.is_float else Unit.SIMPLE, 8, times)
                 case Constant():
