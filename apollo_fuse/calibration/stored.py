@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from apollo_fuse.atomic import write_text
-from apollo_fuse.calibration import kernels
 from apollo_fuse.calibration.measuring import measure
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.machine import Level, Machine, MachineError, Runtime, Unit
@@ -128,7 +127,8 @@ def _positive(value: object) -> float:
 def _facts(toolchain: Toolchain, threads: int) -> dict[str, str]:
     """What a calibration rests on."""
     package = Path(str(importlib.resources.files("apollo_fuse")))
-    files = sorted([*(package / "runtime").glob("*.[ch]"), *(package / "calibration").glob("*.py")])
+    folders = (package / "runtime", package / "calibration", package / "codegen")
+    files = sorted(file for folder in folders for file in folder.glob("*.[chp]*"))
     return {
         "cpu": cpu_name(),
         "level": str(toolchain.cpu),
@@ -136,7 +136,7 @@ def _facts(toolchain: Toolchain, threads: int) -> dict[str, str]:
         "compiler": toolchain.identification,
         "command": " ".join(toolchain.command),
         "onnxruntime": version("onnxruntime"),
-        "sources": _digest({file.name: file.read_text() for file in files} | {"": kernels.source()}),
+        "sources": _digest({str(file.relative_to(package)): file.read_text() for file in files}),
     }
 
 
