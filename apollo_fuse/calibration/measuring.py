@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.resources
+import math
 import re
 import tempfile
 import threading
@@ -171,17 +172,11 @@ def _levels(loops: _Loops, base: Machine, threads: int) -> tuple[Level, ...]:
     for level in base.levels:
         size = None if level.size is None else sizes.get(level.name, level.size)
         nearer = found[-1] if found else None
-        if size is None:
-            most = _LARGE
-        elif nearer is not None and nearer.size is not None:
-            most = min(
-                _LARGE, (size * nearer.size) ** 0.5 // 2, size // 3
-            )  # well within, and well beyond the nearer
-        else:
-            most = size // 4
-        items = max(1, int(most) // _ITEM)
-        read = 4 * LANES * items / loops.seconds("chain_add_float", items, readings=3)
-        write = 4 * LANES * items / loops.seconds("fill", items, readings=3)
+        items = max(2, _within(size, None if nearer is None else nearer.size) // _ITEM)
+        read = _ITEM * items / loops.seconds("chain_add_float", items, readings=3)
+        half = items // 2  # of a copy, as much again is written
+        writing = loops.seconds("copy", half, readings=3) - _ITEM * half / read
+        write = _ITEM * half / max(writing, 1e-12)
         read, write = believed(read, level.read), believed(write, level.write)
         if nearer is not None:
             read, write = min(read, nearer.read), min(write, nearer.write)
@@ -191,6 +186,13 @@ def _levels(loops: _Loops, base: Machine, threads: int) -> tuple[Level, ...]:
             together = max(read, min(believed(rate, level.most), threads * read))
         found.append(Level(level.name, size, level.shared, read, write, together))
     return tuple(found)
+
+
+def _within(size: int | None, nearer: int | None) -> int:
+    """Bytes that lie well within a level, and well beyond the nearer one."""
+    if size is None:
+        return _LARGE
+    return size // 4 if nearer is None else min(_LARGE, math.isqrt(size * nearer) // 2, size // 3)
 
 
 def _together(loops: _Loops, items: int, threads: int) -> float:
