@@ -24,9 +24,9 @@ from apollo_fuse.calibration import kernels, runtime
 from apollo_fuse.calibration.kernels import LANES, SHORT, Timeable
 from apollo_fuse.codegen import c, link
 from apollo_fuse.codegen.toolchain import Toolchain
+from apollo_fuse.cpu import cpu_name
 from apollo_fuse.descriptions import generic
 from apollo_fuse.machine import Level, Machine, Unit
-from apollo_fuse.summary import cpu_name
 
 _READINGS = 7
 _ROUNDS = 2

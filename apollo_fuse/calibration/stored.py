@@ -13,8 +13,8 @@ from pathlib import Path
 from apollo_fuse.atomic import write_text
 from apollo_fuse.calibration.measuring import measure
 from apollo_fuse.codegen.toolchain import Toolchain
+from apollo_fuse.cpu import cpu_name
 from apollo_fuse.machine import Level, Machine, MachineError, Runtime, Unit
-from apollo_fuse.summary import cpu_name
 
 FORMAT = 1
 """Grows when what is measured, or how it is kept, changes."""
