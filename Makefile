@@ -4,6 +4,7 @@
 # make bench-ablation   measure what each layer of the fusion gains
 # make bench-stitching   measure reductions against kernels written by hand
 # make bench-cost   measure how far the cost model is from what kernels take
+# make notebook   run notebooks/fused_vs_unfused.ipynb and store it with what it measured
 # make scale   measure how the compiler's time and memory grow with the model
 # make lint    format, lint and type checks
 # make clean   remove what builds, tests and tools leave; .venv stays
@@ -17,13 +18,14 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SCALE_ARGS ?=
 COST_ARGS ?=
+NOTEBOOK_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench bench-ablation bench-cost bench-stitching scale lint clean
+.PHONY: demo test test-all bench bench-ablation bench-cost bench-stitching notebook scale lint clean
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
@@ -50,6 +52,9 @@ bench-stitching: $(INSTALLED)
 
 bench-cost: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cost $(COST_ARGS)
+
+notebook: $(INSTALLED)
+	$(BIN)/python -m notebooks.run $(NOTEBOOK_ARGS)
 
 scale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale $(SCALE_ARGS)
