@@ -46,13 +46,7 @@ def fuse(
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Fuses the model at `model`, and writes the result to `output` and its library beside that.
-
-    `output` defaults to the model's path with the suffix ``.fused.onnx``. Where nothing wins, the model
-    is written unchanged and the report's `library` is None, as it is where a layout alone wins. Raises an
-    ApolloFuseError for whatever is wrong with the model, the options, the compiler or the output; nothing
-    is left half-written.
-    """
+    """As `fusing.fuse`, which goes through here where it knows no result of an earlier run."""
     path = Path(model)
     target = path.with_suffix(".fused.onnx") if output is None else Path(output)
     return _Compilation(path, target, options or Options(), progress or SilentProgress()).run()

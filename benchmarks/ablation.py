@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -23,8 +22,8 @@ import apollo_fuse
 import models
 from apollo_fuse.measure import Timing, interleaved, session_options
 from apollo_fuse.options import LAYERS, Options
-from benchmarks.bench import Failed, child, machine
-from benchmarks.row import SLOWEST, require_agreement, shipped_inputs
+from benchmarks.bench import Failed, child, machine, parser_of
+from benchmarks.row import SLOWEST, compile_options, require_agreement
 from benchmarks.table import grid, times
 
 NO_FEEDBACK = "no feedback"
@@ -78,9 +77,8 @@ def ablate(name: str, folder: Path, *, seconds: float, threads: int) -> Ablation
 
     Raises ValueError where outputs differ from the unfused model's.
     """
-    model, feeds, entry = models.path(name), models.feeds(name), models.find(name)
-    shapes = tuple(apollo_fuse.InputShape(key, value) for key, value in entry.shapes.items() if value)
-    inputs = shipped_inputs(entry, feeds, folder / name)
+    model, feeds = models.path(name), models.feeds(name)
+    common = compile_options(name, feeds, folder / name, threads)
     sessions = [ort.InferenceSession(str(model), session_options(threads))]
     expected = sessions[0].run(None, dict(feeds))
     reports: list[apollo_fuse.Report] = []
@@ -88,7 +86,7 @@ def ablate(name: str, folder: Path, *, seconds: float, threads: int) -> Ablation
     places: list[int] = []
     for number, options in enumerate(VARIANTS.values()):
         output = folder / f"{name}.{number}.onnx"
-        chosen = replace(options, threads=threads, shapes=shapes, inputs=inputs, remeasure=True)
+        chosen = replace(common, layers=options.layers, feedback=options.feedback)
         reports.append(apollo_fuse.fuse(model, output, options=chosen))
         library = reports[-1].library
         content = output.read_bytes() + (b"" if library is None else library.read_bytes())
@@ -226,13 +224,8 @@ def measured(name: str, folder: Path, *, seconds: float, threads: int) -> Ablati
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
-    parser.add_argument("--only", action="append", choices=models.names(), metavar="NAME", help="repeatable")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as markdown")
+    parser = parser_of("benchmarks.ablation", __doc__, seconds=1.0)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups as PNG or SVG")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring for each variant")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of all sessions")
     parser.add_argument("--row", choices=models.names(), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)

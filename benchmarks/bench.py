@@ -123,16 +123,21 @@ def run(
     return tuple(rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
+def parser_of(module: str, description: str | None, seconds: float) -> argparse.ArgumentParser:
+    """The arguments of a benchmark over models, which measures each comparison for `seconds` by default."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument(
         "--only", action="append", choices=models.names(), metavar="NAME", help="this model; may be repeated"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as markdown")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring for each comparison")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of both sessions")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--seconds", type=float, default=seconds, help="of measuring for each comparison")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of all sessions")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = parser_of("benchmarks.bench", __doc__, seconds=2.0).parse_args(arguments)
     rows = run(
         chosen.only or models.names(),
         seconds=chosen.seconds,

@@ -8,7 +8,6 @@ are measured the same way. The machine is calibrated once before; nothing is fit
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -35,6 +34,7 @@ from apollo_fuse.partition import plan
 from apollo_fuse.predicted import extents_of
 from apollo_fuse.unfused import unfused_seconds
 from benchmarks.bench import machine as facts_of_machine
+from benchmarks.bench import parser_of
 from benchmarks.cost_table import KernelRow, summary, table, to_json, to_markdown
 
 _EMPTY = "empty_"  # before the names of ops without a kernel
@@ -109,15 +109,7 @@ def _row(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__)
-    parser.add_argument(
-        "--only", action="append", choices=models.names(), metavar="NAME", help="this model; may be repeated"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as markdown")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of measuring for each comparison")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of all sessions")
-    chosen = parser.parse_args(arguments)
+    chosen = parser_of("benchmarks.cost", __doc__, seconds=0.1).parse_args(arguments)
     options = Options()
     machine = calibrated(Toolchain.find(os.environ), options.cache_dir, chosen.threads, anew=True)
     rows: list[KernelRow] = []

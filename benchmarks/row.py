@@ -89,11 +89,7 @@ def compare(name: str, output: Path, *, seconds: float, threads: int) -> Compari
     """Fuses the model into `output` and measures it.  Raises ValueError where the outputs differ."""
     model = models.path(name)
     feeds = models.feeds(name)
-    entry = models.find(name)
-    shapes = tuple(apollo_fuse.InputShape(key, value) for key, value in entry.shapes.items() if value)
-    options = apollo_fuse.Options(
-        threads=threads, shapes=shapes, inputs=shipped_inputs(entry, feeds, output), remeasure=True
-    )
+    options = compile_options(name, feeds, output, threads)
     started = time.perf_counter()
     report = apollo_fuse.fuse(model, output, options=options)
     compiled = time.perf_counter() - started
@@ -121,7 +117,17 @@ def compare(name: str, output: Path, *, seconds: float, threads: int) -> Compari
     )
 
 
-def shipped_inputs(entry: Builder | RealModel, feeds: Mapping[str, np.ndarray], output: Path) -> Path | None:
+def compile_options(
+    name: str, feeds: Mapping[str, np.ndarray], output: Path, threads: int
+) -> apollo_fuse.Options:
+    """How a model is fused to be measured: for its own shapes and inputs, and decided anew."""
+    entry = models.find(name)
+    shapes = tuple(apollo_fuse.InputShape(key, value) for key, value in entry.shapes.items() if value)
+    inputs = _shipped_inputs(entry, feeds, output)
+    return apollo_fuse.Options(threads=threads, shapes=shapes, inputs=inputs, remeasure=True)
+
+
+def _shipped_inputs(entry: Builder | RealModel, feeds: Mapping[str, np.ndarray], output: Path) -> Path | None:
     """A file of the inputs for which random values make no sense, as `--inputs` takes it."""
     special = {name: array for name, array in feeds.items() if name in entry.chosen}
     if not special:
