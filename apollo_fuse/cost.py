@@ -22,7 +22,10 @@ from apollo_fuse.occupancy import Block, reached
 from apollo_fuse.scop import Derived
 from apollo_fuse.work import Stretch, Work, work_of
 
-_MOST_CHUNKS = 64  # of a kernel's items, as the plugin parts them
+_GRAIN = (
+    1 << 19
+)  # cheap operations that are worth a thread, and the most chunks that there are, as in compute.c
+_MOST_CHUNKS = 64
 
 _MOVES = frozenset(
     {Unit.LOAD, Unit.STORE, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER, Unit.CLAMPED}
@@ -128,7 +131,7 @@ def _sum(parts: Sequence[Cost], calls: float) -> Cost:
 
 
 def _kernel(work: Work, machine: Machine, threads: int) -> Cost:
-    chunks = max(1, min(_MOST_CHUNKS, work.items // work.grain))
+    chunks = max(1, min(_MOST_CHUNKS, work.items, work.items * work.cheap // _GRAIN))
     used = min(threads, chunks)
     core = starts = 0.0
     for stretch in work.stretches:

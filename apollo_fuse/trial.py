@@ -13,7 +13,8 @@ import onnxruntime as ort
 from apollo_fuse import onnx_io
 from apollo_fuse.atomic import replacing
 from apollo_fuse.bodies import nodes
-from apollo_fuse.codegen import c, link
+from apollo_fuse.codegen import link
+from apollo_fuse.codegen.table import alone, tables
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.layout import pin
 from apollo_fuse.measure import session_options
@@ -70,10 +71,11 @@ class Trial:
         onnx_io.write(self._swapped(()), path)
 
     def _link(self, chosen: Sequence[Candidate], path: Path, builds: Sequence[link.Build]) -> None:
-        names = sorted({x.name for x in chosen})
-        table = c.table(names, [build.toolchain.cpu.level for build in builds])
+        nodes = {x.name: alone(x.name, len(x.group.inputs)) for x in chosen}
+        names = sorted(nodes)
+        ops = tables([nodes[name] for name in names], [build.toolchain.cpu.level for build in builds])
         objects = [build.objects[name] for build in builds for name in names]
-        link.link_library(objects, table, path, builds[0].toolchain, self.cache)
+        link.link_library(objects, ops, path, builds[0].toolchain, self.cache)
 
     def _swapped(self, chosen: Sequence[Candidate]) -> ir.Model:
         model = self.clean.clone()

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from apollo_fuse.codegen.c import GRAIN
 from apollo_fuse.codegen.expressions import compute_bytes
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Constant, Load, Op, Position
@@ -50,10 +49,13 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One run of a kernel. grain: items that are worth a thread. item_bytes: on-chip memory of an item."""
+    """One run of a kernel. item_bytes: on-chip memory of an item.
+
+    cheap: operations of an item, as the generated code counts them to part the items among threads.
+    """
 
     items: int
-    grain: int
+    cheap: int
     stretches: tuple[Stretch, ...]
     traffic: tuple[Traffic, ...]
     item_bytes: int
@@ -97,14 +99,14 @@ class _Counting:
         )
         return Work(
             items,
-            1 + GRAIN // (1 + cheap),
+            1 + cheap,
             tuple(stretches),
             tuple(found for pair in traffic for found in pair),
             local,
         )
 
     def _cheap(self, steps: tuple[Step, ...]) -> int:
-        """Cheap operations of an item, as the generated code counts them to choose its grain."""
+        """Cheap operations of an item, as the generated code counts them."""
         total = 0
         for step in steps:
             match step:

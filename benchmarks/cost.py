@@ -23,6 +23,7 @@ from apollo_fuse.acceptance import Region, needed_values
 from apollo_fuse.calibration.stored import calibrated
 from apollo_fuse.capture import Captures, capture
 from apollo_fuse.codegen import c, link
+from apollo_fuse.codegen.table import alone, tables
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cost import cost_of
 from apollo_fuse.fusion import Candidate
@@ -67,8 +68,8 @@ def _link(candidates: Sequence[Candidate], library: Path, options: Options, thre
         name = _EMPTY + x.name
         sources[name] = c.emit(replace(x.group, kernels=()), name, "no kernel")
     objects = link.compile_objects(list(sources.values()), toolchain, options.cache_dir, threads)
-    ops = c.table(list(sources), [toolchain.cpu.level])
-    link.link_library(objects, ops, library, toolchain, options.cache_dir)
+    nodes = [alone(prefix + x.name, len(x.group.inputs)) for x in candidates for prefix in ("", _EMPTY)]
+    link.link_library(objects, tables(nodes, [toolchain.cpu.level]), library, toolchain, options.cache_dir)
 
 
 def _row(

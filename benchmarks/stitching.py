@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_fuse import onnx_io
-from apollo_fuse.codegen import c
 from apollo_fuse.codegen.link import compile_objects, link_library
+from apollo_fuse.codegen.table import alone, tables
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.driver import fuse
 from apollo_fuse.measure import Timing, interleaved, session_options
@@ -158,8 +158,8 @@ def _handwritten(chain: Chain, model: onnx.ModelProto, folder: Path) -> tuple[Pa
     source = (_SOURCES / f"{chain.name}.c").read_text()
     source = source.replace('#include "rows.h"', (_SOURCES / "rows.h").read_text())
     objects = compile_objects([source], toolchain, folder / "objects", 1)
-    table = c.table([name], [toolchain.cpu.level])
-    link_library(objects, table, library, toolchain, folder / "objects")
+    ops = tables([alone(name, len(node.input))], [toolchain.cpu.level])
+    link_library(objects, ops, library, toolchain, folder / "objects")
     return path, library
 
 

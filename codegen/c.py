@@ -7,7 +7,6 @@ become arrays on the stack or, when their size is known at run time only, scratc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from apollo_fuse.codegen import expressions as c
@@ -33,7 +32,6 @@ from apollo_fuse.kernel import (
 )
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
-GRAIN = 1 << 19  # cheap operations that are worth a thread
 
 
 def emit(group: KernelGroup, name: str, comment: str) -> str:
@@ -43,19 +41,6 @@ def emit(group: KernelGroup, name: str, comment: str) -> str:
         parts.append(_kernel(group, kernel))
     parts.append(op_interface(group, name))
     return "\n".join(parts)
-
-
-def table(names: Sequence[str], levels: Iterable[int]) -> str:
-    """The translation unit with the library's tables: the same ops for each x86-64 level (0 elsewhere)."""
-    lines = ['#include "kernel.h"']
-    tables: list[str] = []
-    for level in sorted(levels, reverse=True):  # the plugin takes the first that fits
-        lines += [f"extern const af_op {name}_v{level};" for name in names]
-        entries = ", ".join([*(f"&{name}_v{level}" for name in names), "NULL"])
-        lines.append(f"static const af_op *const ops_v{level}[] = {{{entries}}};")
-        tables.append(f"{{{level}, ops_v{level}}}")
-    lines.append(f"const af_table af_tables[] = {{{', '.join(tables)}, {{0, NULL}}}};")
-    return "\n".join(lines) + "\n"
 
 
 @dataclass(slots=True)
@@ -328,9 +313,9 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
 {unpack(group, asked)}{_choice(group, kernel.form)}  return {c.index(items)};
 }}
 
-static int64_t {prefix}_grain(const int64_t *n) {{
+static int64_t {prefix}_work(const int64_t *n) {{
   (void)n;
-{unpack(group, {s.name for s in cost.symbols()})}  return 1 + {GRAIN} / (1 + {c.index(cost)});
+{unpack(group, {s.name for s in cost.symbols()})}  return 1 + {c.index(cost)};
 }}
 
 static int64_t {prefix}_scratch(const int64_t *n) {{
@@ -344,7 +329,7 @@ static void {prefix}_run(void *const *buffers, const int64_t *n, void *scratch, 
 {unpack(group, every)}{body}
 }}
 
-static const af_kernel {prefix} = {{{prefix}_grid, {prefix}_grain, {prefix}_scratch, {prefix}_run}};
+static const af_kernel {prefix} = {{{prefix}_grid, {prefix}_work, {prefix}_scratch, {prefix}_run}};
 """
 
 

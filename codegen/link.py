@@ -89,10 +89,8 @@ def link_library(
     # The plugin runs before it knows the processor, hence the flags that every processor can run; and what
     # a linker adds of its own follows them.
     flags = toolchain.portable_flags
-    own = [
-        _compile(source, toolchain, flags, cache)
-        for source in ((_runtime() / "plugin.c").read_text(), table_source)
-    ]
+    plugin = ((_runtime() / name).read_text() for name in ("plugin.c", "compute.c"))
+    own = [_compile(source, toolchain, flags, cache) for source in (*plugin, table_source)]
     with tempfile.TemporaryDirectory(dir=_private(cache)) as folder:
         # Fixed names in a folder of its own: the library does not depend on where it was built.
         names = [f"{position}.o" for position in range(len(own) + len(objects))]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apollo_fuse.codegen import c, link
+from apollo_fuse.codegen import link, table
 from apollo_fuse.codegen import toolchain as tools
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import KNOWN, Cpu
@@ -20,7 +20,7 @@ SYSTEM = {"PATH": "/usr/bin:/bin"}
 SOURCES = [
     f'#include "kernel.h"\n#include "vmath.h"\nint af_number_{i}(void) {{ return {i}; }}\n' for i in range(4)
 ]
-TABLE = c.table([], [0])
+TABLE = table.tables([], [0])
 
 
 def counting_compiler(folder: Path) -> tuple[Toolchain, Path]:
@@ -130,7 +130,7 @@ def test_concurrent_writers_share_a_cache_and_an_output(tmp_path: Path) -> None:
         tasks = [pool.submit(_build, tmp_path / "out.so", tmp_path / "cache") for _ in range(8)]
         libraries = {task.result() for task in tasks}
     assert len(libraries) == 1
-    assert len(list((tmp_path / "cache").iterdir())) == len(SOURCES) + 2
+    assert len(list((tmp_path / "cache").iterdir())) == len(SOURCES) + 3
     assert {entry.name for entry in tmp_path.iterdir()} == {"cache", "out.so"}
 
 
@@ -158,7 +158,11 @@ def test_a_link_error_leaves_the_output_as_it_was(tmp_path: Path) -> None:
     toolchain = Toolchain.find(SYSTEM)
     with pytest.raises(CompilerError, match="af_missing"):
         link.link_library(
-            [], c.table(["af_missing"], [0]), tmp_path / "out.so", toolchain, tmp_path / "cache"
+            [],
+            table.tables([table.alone("af_missing", 1)], [0]),
+            tmp_path / "out.so",
+            toolchain,
+            tmp_path / "cache",
         )
     assert (tmp_path / "out.so").read_text() == "before"
 

@@ -1,6 +1,7 @@
 """The plugin inside onnxruntime, with hand-written kernels in the place of generated ones."""
 
 import gc
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from apollo_fuse.codegen import c, link
+from apollo_fuse.codegen import link, table
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import Cpu
 from apollo_fuse.errors import UsageError
@@ -26,7 +27,7 @@ KERNELS = r"""
 #include <stdio.h>
 
 static int64_t rows(const int64_t *n) { return n[0]; }
-static int64_t few(const int64_t *n) { return (void)n, 2; }
+static int64_t much(const int64_t *n) { return (void)n, 1 << 18; }
 static int64_t none(const int64_t *n) { return (void)n, 0; }
 static int64_t row_bytes(const int64_t *n) { return n[1] * 4; }
 
@@ -71,7 +72,7 @@ static void output_shapes(const int64_t *n, int64_t *const *shapes) {
 
 static void temporary_bytes(const int64_t *n, int64_t *bytes) { bytes[0] = n[0] * n[1] * 4; }
 
-static const af_kernel first = {rows, few, none, add}, second = {rows, few, row_bytes, relu_and_sum};
+static const af_kernel first = {rows, much, none, add}, second = {rows, much, row_bytes, relu_and_sum};
 static const af_kernel *const kernels[] = {&first, &second};
 static const int32_t types[] = {1, 1}, input_ranks[] = {2, 1}, output_ranks[] = {2, 1};
 
@@ -83,6 +84,7 @@ const af_op AF_OP(fused_op) = {
 """
 
 
+NODE = table.Node("Fused", ("fused_op",), (0, 1), 2)
 REPORTING = KERNELS.replace("sum = 1000.0f;", "sum = 1000.0f + AF_LEVEL;")
 
 
@@ -119,8 +121,8 @@ def build(path: Path, source: str = KERNELS, cpus: Sequence[Cpu] = (Cpu.native()
     cache = path.parent / "cache"
     toolchains = [Toolchain.find({"PATH": "/usr/bin:/bin"}, cpu) for cpu in cpus]
     objects = [link.compile_objects([source], toolchain, cache, jobs=1)[0] for toolchain in toolchains]
-    table = c.table(["fused_op"], [cpu.level for cpu in cpus])
-    link.link_library(objects, table, path, toolchains[0], cache)
+    tables = table.tables([NODE], [cpu.level for cpu in cpus])
+    link.link_library(objects, tables, path, toolchains[0], cache)
     return path
 
 
@@ -129,7 +131,7 @@ def build_claiming(path: Path, levels: Sequence[int]) -> Path:
     toolchain, cache = Toolchain.find({"PATH": "/usr/bin:/bin"}), path.parent / "cache"
     claims = [f"#undef AF_LEVEL\n#define AF_LEVEL {level}\n{REPORTING}" for level in levels]
     objects = link.compile_objects(claims, toolchain, cache, jobs=1)
-    link.link_library(objects, c.table(["fused_op"], levels), path, toolchain, cache)
+    link.link_library(objects, table.tables([NODE], levels), path, toolchain, cache)
     return path
 
 
@@ -272,3 +274,116 @@ def test_a_library_holds_code_of_several_levels_and_runs_the_best(tmp_path: Path
     every = [replace(native, level=level) for level in range(min(native.level, 1), native.level + 1)]
     build(tmp_path / "m.so", REPORTING, every)
     check(session(write_model(tmp_path / "m.onnx")), 5, 6, added=1000 + native.level)
+
+
+# y = x + b as an op of one kernel, beside the other op of two: b is an input of both
+ADDING = KERNELS[: KERNELS.index("static void relu_and_sum")] + r"""
+static void add_alone(void *const *buffers, const int64_t *n, void *scratch, int64_t begin, int64_t end) {
+  void *const moved[] = {buffers[0], buffers[1], NULL, NULL, buffers[2]};
+  add(moved, n, scratch, begin, end);
+}
+""" + KERNELS[KERNELS.index("static int check") : KERNELS.index("static void output_shapes")] + r"""
+static void output_shapes(const int64_t *n, int64_t *const *shapes) {
+  shapes[0][0] = n[0];
+  shapes[0][1] = n[1];
+}
+
+static void temporary_bytes(const int64_t *n, int64_t *bytes) { (void)n, (void)bytes; }
+
+static const af_kernel only = {rows, much, none, add_alone};
+static const af_kernel *const kernels[] = {&only};
+static const int32_t types[] = {1, 1}, input_ranks[] = {2, 1}, output_ranks[] = {2};
+
+const af_op AF_OP(adding_op) = {
+    .name = "Adding", .input_count = 2, .output_count = 1, .symbol_count = 2, .kernel_count = 1,
+    .input_types = types, .output_types = types, .input_ranks = input_ranks, .output_ranks = output_ranks,
+    .bind = bind, .check = check, .output_shapes = output_shapes, .temporary_bytes = temporary_bytes,
+    .kernels = kernels};
+"""  # fmt: skip
+
+
+def write_stitched(folder: Path, pairs: int) -> Path:
+    """A node that runs both ops `pairs` times on inputs of their own and one b, and its library."""
+    cache, toolchain = folder / "cache", Toolchain.find({"PATH": "/usr/bin:/bin"})
+    objects = link.compile_objects([KERNELS, ADDING], toolchain, cache, jobs=2)
+    places = tuple(place for n in range(pairs) for place in (1 + 2 * n, 0, 2 + 2 * n, 0))
+    node = table.Node("Stitched", ("fused_op", "adding_op") * pairs, places, 1 + 2 * pairs)
+    link.link_library(objects, table.tables([node], [toolchain.cpu.level]), folder / "m.so", toolchain, cache)
+    inputs = ["b", *(f"{kind}{n}" for n in range(pairs) for kind in "xz")]
+    outputs = [f"{kind}{n}" for n in range(pairs) for kind in "ysa"]
+    graph = helper.make_graph(
+        [helper.make_node("Stitched", inputs, outputs, "stitched", domain="apollo_fuse")],
+        "g",
+        [
+            helper.make_tensor_value_info(
+                name, TensorProto.FLOAT, ["M"] if name == "b" else [f"N{name}", "M"]
+            )
+            for name in inputs
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+    )
+    opset = [helper.make_opsetid("", 18), helper.make_opsetid("apollo_fuse", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def check_stitched(running: onnxruntime.InferenceSession, rows: Sequence[int], columns: int) -> None:
+    random = np.random.default_rng(columns)
+    given = {"b": random.standard_normal(columns, dtype=np.float32)}
+    for n, count in enumerate(rows):
+        given[f"x{n}"] = random.standard_normal((count, columns), dtype=np.float32)
+        given[f"z{n}"] = random.standard_normal((count // 2, columns), dtype=np.float32)
+    outputs = iter(running.run(None, given))
+    for n in range(len(rows)):
+        y, s, a = next(outputs), next(outputs), next(outputs)
+        expected = np.maximum(given[f"x{n}"] + given["b"], 0)
+        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_allclose(s, expected.astype(np.float64).sum(axis=1) + 1000, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(a, given[f"z{n}"] + given["b"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [((3,), 5), ((1, 64, 2, 0), 7), (range(40), 33), ((129, 1) * 9, 16)]
+)
+def test_ops_that_share_a_node_share_its_launches(rows: Sequence[int], columns: int, tmp_path: Path) -> None:
+    check_stitched(session(write_stitched(tmp_path, len(rows))), rows, columns)
+
+
+def test_a_node_of_thousands_of_tensors_runs(tmp_path: Path) -> None:
+    check_stitched(session(write_stitched(tmp_path, 1000)), [n % 5 for n in range(1000)], 9)
+
+
+def test_shapes_are_inferred_for_each_op_that_shares_a_node(tmp_path: Path) -> None:
+    path = write_stitched(tmp_path, 2)
+    model = onnx.load(path)
+    for value, extents in zip(model.graph.input, ([4], [3, 4], [5, 4], ["N", 4], [6, 4]), strict=True):
+        for dim, extent in zip(value.type.tensor_type.shape.dim, extents, strict=True):
+            if isinstance(extent, int):
+                dim.dim_value = extent
+    onnx.save(model, path)
+    shapes = [output.shape for output in session(path).get_outputs()]
+    assert shapes[:3] == [[3, 4], [3], [5, 4]] and shapes[5] == [6, 4]
+    assert not any(isinstance(extent, int) for extent in shapes[4])
+
+
+def test_an_error_in_one_op_names_it(tmp_path: Path) -> None:
+    running = session(write_stitched(tmp_path, 2))
+    given = {"b": np.zeros(4, np.float32)} | {
+        name: np.zeros((2, 4), np.float32) for name in ("x0", "z0", "x1", "z1")
+    }
+    with pytest.raises(Exception, match=r"Adding: input b has extent 4, expected 5\."):
+        running.run(None, given | {"z1": np.zeros((2, 5), np.float32)})
+
+
+def test_shapes_are_read_from_an_onnxruntime_without_references_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = tmp_path / "runtime"
+    shutil.copytree(link._runtime(), older)
+    header = older / "ort_api.h"
+    version = "#define ORT_API_VERSION_OF_REFERENCES 24"
+    assert version in header.read_text()
+    header.write_text(header.read_text().replace(version, version.replace("24", "1000")))
+    monkeypatch.setattr(link, "_runtime", lambda: older)
+    monkeypatch.setattr(link, "_headers", lambda: header.read_text())
+    check_stitched(session(write_stitched(tmp_path, 3)), (9, 1, 4), 6)

@@ -23,6 +23,7 @@ import numpy as np
 from apollo_fuse.calibration import kernels, runtime
 from apollo_fuse.calibration.kernels import LANES, SHORT, Timeable
 from apollo_fuse.codegen import c, link
+from apollo_fuse.codegen.table import alone, tables
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import cpu_name
 from apollo_fuse.descriptions import generic
@@ -79,7 +80,8 @@ def _build(toolchain: Toolchain, cache: Path, threads: int, library: Path) -> No
     probes = kernels.probes()
     sources = [c.emit(group, name, "what calibration calls") for name, group in probes.items()]
     objects = link.compile_objects([kernels.source(), reader, *sources], toolchain, cache, threads)
-    link.link_library(objects, c.table(list(probes), [toolchain.cpu.level]), library, toolchain, cache)
+    nodes = [alone(name, len(group.inputs)) for name, group in probes.items()]
+    link.link_library(objects, tables(nodes, [toolchain.cpu.level]), library, toolchain, cache)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
-/* The contract between generated kernels and the plugin: one af_op for each custom op.
+/* The contract between generated kernels and the plugin: one af_op for each kernel group, and one af_node for
+ * each custom op, which runs one af_op or several side by side.
  *
- * A library made for a model holds tables of af_op, written by apollo_fuse/codegen/c.py, and plugin.c,
- * which registers each entry of one of them with onnxruntime and runs it.  Generated code never calls
- * onnxruntime, and plugin.c knows nothing about what a kernel computes. */
+ * A library made for a model holds af_ops, written by apollo_fuse/codegen/c.py, tables of af_nodes, written by
+ * apollo_fuse/codegen/table.py, and the plugin (plugin.c, compute.c), which registers each entry of one table
+ * with onnxruntime and runs it.  Generated code never calls onnxruntime, and the plugin knows nothing about
+ * what a kernel computes. */
 #ifndef APOLLO_FUSE_KERNEL_H
 #define APOLLO_FUSE_KERNEL_H
 
@@ -14,8 +16,8 @@
 typedef struct af_kernel {
   /* Number of independent work items. 0 means that there is nothing to do. */
   int64_t (*grid)(const int64_t *n);
-  /* Least number of consecutive items worth giving to a thread, >= 1. */
-  int64_t (*grain)(const int64_t *n);
+  /* Cheap operations of one item, about: what work is parted among threads by.  At least 1. */
+  int64_t (*work)(const int64_t *n);
   /* Bytes of scratch that one call of `run` needs; 0 for none.  Aligned to 64 bytes by the plugin. */
   int64_t (*scratch)(const int64_t *n);
   /* Computes the items [begin, end).  Calls on disjoint ranges may run at once. */
@@ -23,7 +25,7 @@ typedef struct af_kernel {
 } af_kernel;
 
 typedef struct af_op {
-  const char *name; /* op type in the domain apollo_fuse */
+  const char *name;
   int32_t input_count, output_count, temporary_count, symbol_count, kernel_count;
   const int32_t *input_types;  /* ONNXTensorElementDataType */
   const int32_t *output_types;
@@ -50,12 +52,21 @@ typedef struct af_op {
 #define AF_OP_OF_LEVEL(name, level) AF_OP_NAMED(name, level)
 #define AF_OP_NAMED(name, level) name##_v##level
 
+/* A custom op: ops that do not need each other, whose kernels share their launches (parallelism stitching), or
+ * one alone.  Its outputs are those of the ops one after the other; inputs may serve several. */
+typedef struct af_node {
+  const char *name; /* op type in the domain apollo_fuse */
+  int32_t input_count, op_count;
+  const af_op *const *ops;
+  const int32_t *inputs; /* of each op one after the other: the places of its inputs among the node's */
+} af_node;
+
 typedef struct af_table {
-  int32_t level;           /* the level that its kernels were compiled for */
-  const af_op *const *ops; /* ended by NULL */
+  int32_t level;               /* the level that its kernels were compiled for */
+  const af_node *const *nodes; /* ended by NULL */
 } af_table;
 
-/* The tables of the library, the highest level first, ended by one without ops. */
+/* The tables of the library, the highest level first, ended by one without nodes. */
 extern const af_table af_tables[];
 
 #endif

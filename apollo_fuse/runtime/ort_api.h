@@ -8,8 +8,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The first version that has every entry below (shape inference and ParallelFor came with it). */
+/* The first version that has every entry below but the last (shape inference and ParallelFor came with it). */
 #define ORT_API_VERSION 17
+/* The first that has the last one too. */
+#define ORT_API_VERSION_OF_REFERENCES 24
 
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtValue OrtValue;
@@ -78,12 +80,17 @@ typedef struct OrtApi {
   ORT_GAP(271, 273);
   OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *, void (*task)(void *data, size_t index),
                                           size_t total, size_t batches, void *data);
+  ORT_GAP(275, 413);
+  /* The shape belongs to the value. */
+  OrtStatus *(*GetTensorElementTypeAndShapeDataReference)(const OrtValue *, ONNXTensorElementDataType *,
+                                                          const int64_t **dimensions, size_t *count);
 } OrtApi;
 
 _Static_assert(offsetof(OrtApi, GetTensorMutableData) == 51 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, KernelContext_GetOutput) == 91 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, ReleaseAllocator) == 132 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "ordinal");
+_Static_assert(offsetof(OrtApi, GetTensorElementTypeAndShapeDataReference) == 414 * sizeof(void *), "ordinal");
 
 typedef struct OrtApiBase {
   const OrtApi *(*GetApi)(uint32_t version);

@@ -7,7 +7,7 @@ enum { BATCH, CHANNELS, HEIGHT, WIDTH, GROUPS };
 
 static int64_t grid(const int64_t *n) { return n[BATCH] * n[GROUPS]; }
 static int64_t group_size(const int64_t *n) { return n[CHANNELS] / n[GROUPS] * n[HEIGHT] * n[WIDTH]; }
-static int64_t grain(const int64_t *n) { return 1 + GRAIN / (1 + group_size(n)); }
+static int64_t work(const int64_t *n) { return WORK * group_size(n); }
 
 static void run(void *const *buffers, const int64_t *n, void *scratch, int64_t begin, int64_t end) {
   const int64_t size = group_size(n), channels = n[CHANNELS] / n[GROUPS], plane = n[HEIGHT] * n[WIDTH];
@@ -38,7 +38,7 @@ static void shape(const int64_t *n, int64_t *const *shapes) {
   for (int axis = 0; axis < 4; axis++) shapes[0][axis] = n[axis];
 }
 
-static const af_kernel kernel = {grid, grain, no_scratch, run};
+static const af_kernel kernel = {grid, work, no_scratch, run};
 static const af_kernel *const kernels[] = {&kernel};
 static const int32_t ranks[] = {4, 3, 3, 1};
 const af_op AF_OP(handwritten_groupnorm) = {

@@ -31,7 +31,7 @@ typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef vector unaligned __attribute__((aligned(4)));
 
 #define STREAMED_BYTES (1 << 20) /* of a row and its result, from which they do not stay in a second level cache */
-#define GRAIN 65536              /* elements that are worth a thread */
+#define WORK 8                   /* cheap operations of an element, as kernel.h counts them */
 
 AF_INLINE vector load(const float *x) { return *(const unaligned *)x; }
 AF_INLINE vector splat(float x) { return x - (vector){0}; }
@@ -92,7 +92,7 @@ AF_INLINE float row_squares(const float *x, int64_t n, float centre) {
 
 /* n[0] rows of n[1] elements; the parameters, if any, hold n[1] elements each. */
 __attribute__((unused)) static int64_t rows_grid(const int64_t *n) { return n[0]; }
-__attribute__((unused)) static int64_t rows_grain(const int64_t *n) { return 1 + GRAIN / (1 + n[1]); }
+__attribute__((unused)) static int64_t rows_work(const int64_t *n) { return 1 + WORK * n[1]; }
 static int64_t no_scratch(const int64_t *n) { return (void)n, 0; }
 
 __attribute__((unused)) static int bind_rows(const int64_t *const *shapes, void *const *buffers, int64_t *n,

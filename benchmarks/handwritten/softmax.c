@@ -28,7 +28,7 @@ static void run(void *const *buffers, const int64_t *n, void *scratch, int64_t b
   }
 }
 
-static const af_kernel kernel = {rows_grid, rows_grain, no_scratch, run};
+static const af_kernel kernel = {rows_grid, rows_work, no_scratch, run};
 static const af_kernel *const kernels[] = {&kernel};
 static const int32_t ranks[] = {2};
 const af_op AF_OP(handwritten_softmax) = {
