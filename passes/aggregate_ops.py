@@ -8,12 +8,12 @@ and what it refuses comes back as forbidden edges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from apollo_fuse.expressions import Load
-from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive, Value
+from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive
 from apollo_fuse.index import Index, product
 from apollo_fuse.passes.contraction import Contraction
 
@@ -212,7 +212,7 @@ class AggregateOps:
             for rule in rules:
                 changed |= growth.apply(rule)
             changed |= growth.join_siblings()
-        return tuple(_micro_graph([cluster[i] for i in g], cluster, escaping) for g in growth.groups())
+        return tuple(growth.micro_graph(group, escaping) for group in growth.groups())
 
 
 class _Growth:
@@ -244,6 +244,18 @@ class _Growth:
 
     def groups(self) -> list[list[int]]:
         return self.contraction.groups()
+
+    def micro_graph(self, group: Sequence[int], escaping: frozenset[str]) -> MicroGraph:
+        operators, inside = [self.cluster[place] for place in group], set(group)
+        made = {v.name for o in operators for v in o.outputs}
+        inputs = {v.name: v for o in operators for v in o.inputs if v.name not in made}
+        needed = (
+            v
+            for o in operators
+            for v in o.outputs
+            if v.name in escaping or any(place not in inside for place in self.readers.get(v.name, ()))
+        )
+        return MicroGraph(tuple(operators), tuple(inputs.values()), tuple(needed))
 
     def apply(self, rule: Rule) -> bool:
         changed = False
@@ -350,14 +362,3 @@ def _larger(a: Index, b: Index) -> Index:
     if known_a is not None and known_b is not None:
         return a if known_a >= known_b else b
     return a
-
-
-def _micro_graph(
-    operators: Sequence[Operator], cluster: Iterable[Operator], escaping: frozenset[str]
-) -> MicroGraph:
-    inside = {o.position for o in operators}
-    made = {v.name for o in operators for v in o.outputs}
-    inputs = {v.name: v for o in operators for v in o.inputs if v.name not in made}
-    needed = escaping | {v.name for o in cluster if o.position not in inside for v in o.inputs}
-    outputs: tuple[Value, ...] = tuple(v for o in operators for v in o.outputs if v.name in needed)
-    return MicroGraph(tuple(operators), tuple(inputs.values()), outputs)

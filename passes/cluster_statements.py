@@ -59,7 +59,7 @@ def cluster_statements(statements: Sequence[Statement]) -> tuple[MacroStatement,
                 own = contraction.find(place)
                 if (
                     earlier != own
-                    and _pointwise(statements, contraction.members[earlier], contraction.members[own])
+                    and _pointwise(statements, contraction.members(earlier), contraction.members(own))
                     and not contraction.detour(earlier, own)
                     and not contraction.detour(own, earlier)
                 ):
