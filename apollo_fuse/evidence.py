@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from apollo_fuse.acceptance import Judgement, in_context
+from apollo_fuse.acceptance import CLEAR_GAIN, Judgement, in_context
 from apollo_fuse.codegen import link
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Refused
@@ -16,10 +16,17 @@ MOST_SPILLED = 16 * 1024
 _WORTH_SPLITTING = 0.02  # share of all kernels' time below which a slow one is left alone
 
 
-def spilled(candidates: Sequence[Candidate], build: link.Build) -> dict[int, Refused]:
-    """The places of kernels that have more values alive at a time than the compiler finds room for."""
+def spilled(
+    candidates: Sequence[Candidate], build: link.Build, judgements: Mapping[str, Judgement]
+) -> dict[int, Refused]:
+    """The places of kernels that have more values alive at a time than the compiler finds room for.
+
+    Those that were measured and win clearly all the same are left alone.
+    """
     found: dict[int, Refused] = {}
     for place, candidate in enumerate(candidates):
+        if judgements[candidate.variant].gain >= CLEAR_GAIN:
+            continue
         frame = link.large_frame(build.objects[candidate.name])
         excess = frame - _arrays(candidate.group)
         if excess > MOST_SPILLED:

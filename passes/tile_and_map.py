@@ -25,6 +25,9 @@ from apollo_fuse.scop import Scop
 
 RULE = "tile_and_map"
 _REDUCED = 8  # elements that become one, from which on writing that one to memory costs little
+GRAIN = 1 << 19
+"""Cheap operations that are worth a thread of a CPU, as runtime/compute.c has it."""
+_VECTOR = 4  # elements that are worth a vector
 _OPEN = 256  # what an open extent counts for where axes are compared
 
 
@@ -91,11 +94,13 @@ class TileAndMap:
         unrolled = self._interleaved(nests, lane, rest)
         if unrolled is None and self._short(lane):
             longer = next((a for a in reversed(rest) if not self._short(a)), None)
-            lane, unrolled = (longer, lane) if longer is not None else (lane, None)
+            if longer is not None and not _fills_vectors(nests, lane, longer):
+                lane, unrolled = longer, lane
             rest = [axis for axis in nests.grid if axis != lane]
         if unrolled is not None:
             rest = [axis for axis in rest if axis != unrolled]
-            return self._lanes(name, nests, rest, lane, self.tiles.lanes, unrolled=unrolled)
+            tile = self._worth_a_thread(nests, unrolled)
+            return self._lanes(name, nests, rest, lane, tile, unrolled=unrolled)
         across = _transposed(nests, lane, rest)
         if across is not None:
             rest = [axis for axis in rest if axis != across]
@@ -144,6 +149,16 @@ class TileAndMap:
         whole = known is not None and known % tile == 0
         return inner, kind, None if whole else axis.extent - Index.of(block) * tile
 
+    def _worth_a_thread(self, nests: Nests, unrolled: Iterator) -> int:
+        """Lanes of a work item, fewer where they do so much that threads could share it."""
+        point = sum(placed.block.cost + 2 for placed in nests.placed.values()) * (
+            unrolled.extent.constant or 1
+        )
+        tile = self.tiles.lanes
+        while tile > self.tiles.accumulators and tile * point > GRAIN:
+            tile //= 2
+        return tile
+
     def _short(self, axis: Iterator) -> bool:
         known = axis.extent.constant
         return known is not None and known <= self.tiles.unrolled
@@ -158,6 +173,24 @@ class TileAndMap:
                 if along is not None and along.is_one and around == axis.extent:
                     return axis
         return None
+
+
+def _fills_vectors(nests: Nests, short: Iterator, longer: Iterator) -> bool:
+    """Whether lanes along a short axis write whole vectors, where those along a longer one would scatter.
+
+    As with columns that are put together: neighbours along the longer axis lie further apart than the short
+    one is long. Where they lie side by side, a compiler puts vectors of theirs together in registers.
+    """
+    known = short.extent.constant
+    if known is None or known % _VECTOR:
+        return False
+    local = nests.local_sizes
+    writes = [p.offset for p in nests.placed.values() if p.statement.target.name not in local]
+    runs = (offset.coefficient(short) for offset in nests.offsets())
+    apart = (offset.coefficient(longer) for offset in writes)
+    return all(run is not None and (run.is_one or run.is_zero) for run in runs) and all(
+        gap is not None and (gap.constant is None or gap.constant > known) for gap in apart
+    )
 
 
 def _crossing(scop: Scop, parts: tuple[Tree, ...]) -> list[str]:
