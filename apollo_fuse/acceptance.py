@@ -28,12 +28,14 @@ from apollo_fuse.measure import interleaved, session_options
 from apollo_fuse.options import Options
 from apollo_fuse.predicted import predicted
 from apollo_fuse.region import Interface, extract, region_inputs, swap
+from apollo_fuse.stitching import Swap
 from apollo_fuse.tolerance import Array
 from apollo_fuse.unfused import Ran, ran
 from apollo_fuse.verify import NOTHING, Verdict, coarsest, edge_case, failed, verify
 
 _CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
 _PASS_NAN_ON_AT_TIMES = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"})
+CLEAR_GAIN = 1.3  # from this speed-up on a kernel is a clear winner
 WINS = 0.97  # share of the unfused time that a kernel has to stay below
 _PREDICTED = "predicted to take {:.1f} us, and onnxruntime {:.1f} us without it"
 
@@ -48,13 +50,24 @@ class Judgement:
     reason: str  # why it is left out; empty when it stays
     predicted_unfused: float | None = None
     predicted: float | None = None
+    apart: float | None = None  # of a stitch: with each of its kernels called by itself
 
     @property
     def accepted(self) -> bool:
         return not self.reason
 
+    @property
+    def gain(self) -> float:
+        """The speed-up that was measured; 0 where none was."""
+        return 0.0 if self.unfused is None or self.fused is None else self.unfused / self.fused
 
-def context(candidate: Candidate) -> tuple[ir.Node, ...]:
+    @property
+    def is_sound(self) -> bool:
+        """Whether it was found to compute what it should, whatever it gains."""
+        return self.verdict.passed and self.predicted is not None
+
+
+def context(candidate: Swap) -> tuple[ir.Node, ...]:
     """The kernel's nodes and the neighbouring convolutions, in topological order."""
     own = set(candidate.part.nodes)
     before = {v.producer() for v in candidate.part.inputs}
@@ -76,7 +89,7 @@ def _in_context(node: ir.Node) -> bool:
     return node.op_type in _CONTEXT and node.domain != DOMAIN
 
 
-def needed_values(candidates: Iterable[Candidate]) -> list[str]:
+def needed_values(candidates: Iterable[Swap]) -> list[str]:
     """Names of the values to capture from a run, so that every candidate can run on its own."""
     found: dict[str, None] = {}
     for candidate in candidates:
@@ -94,10 +107,12 @@ def judge(
     options: Options,
     threads: int,
     machine: Machine,
+    not_alone: str = "",
 ) -> Judgement:
     """Verifies the kernel alone, on captured and edge inputs, then measures it in its context if wanted.
 
-    `machine` is what both ways are predicted for.
+    `machine` is what both ways are predicted for. `not_alone` is why it is no kernel by itself, and not
+    measured, where it is not.
     """
     for name in needed_values([candidate]):
         if name in captures.problems:
@@ -125,6 +140,8 @@ def judge(
         return Judgement(edges, None, None, f"does not verify on edge values: {edges.problem}")
     verdict = verdict.joined(edges)
     before, after = predicted(candidate, alone.operators(), arrays, machine, options.threads)
+    if not_alone:
+        return Judgement(verdict, None, None, not_alone, before, after)
     if not options.measure:
         loses = after >= before and not options.fuse_all
         reason = _PREDICTED.format(after * 1e6, before * 1e6) if loses else ""
@@ -154,16 +171,20 @@ def _makes_integers(block: Block) -> bool:
 
 
 class Region:
-    """A sub-graph as two sessions: as onnxruntime runs it, and with the candidate's kernel in it."""
+    """A sub-graph as sessions: as onnxruntime runs it, and with the candidate's kernel in it.
+
+    apart: with these candidates in it, which are parts of the other one.
+    """
 
     def __init__(
         self,
-        candidate: Candidate,
+        candidate: Swap,
         nodes: Sequence[ir.Node],
         opsets: Mapping[str, int],
         library: Path,
         threads: int,
         profiled: bool = False,
+        apart: Sequence[Candidate] = (),
     ) -> None:
         inside = set(nodes)
         self._inputs = region_inputs(nodes)
@@ -181,9 +202,17 @@ class Region:
         ] or outputs
         profile = library.parent / "profile" if profiled else None
         self.unfused = _session(extract(nodes, opsets, outputs), threads, None, profile)
-        fused = extract(nodes, opsets, outputs)
-        swap(fused, _inside(fused, candidate, nodes), candidate.name)
-        self.fused = _session(fused, threads, library)
+
+        def with_kernels(swaps: Sequence[Swap]) -> ort.InferenceSession:
+            model = extract(nodes, opsets, outputs)
+            copies = dict(zip(nodes, model.graph, strict=True))
+            for part in swaps:
+                swap(model, _inside(copies, part), part.name)
+            model.graph.sort()
+            return _session(model, threads, library if swaps else None)
+
+        self.fused = with_kernels([candidate])
+        self.apart = with_kernels(apart) if apart else self.unfused
 
     def feeds(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         return {f"x{n}": arrays[v.name or ""] for n, v in enumerate(self._inputs)}
@@ -196,11 +225,11 @@ class Region:
         return ran(events)
 
 
-def _inside(model: ir.Model, candidate: Candidate, nodes: Sequence[ir.Node]) -> Interface:
+def _inside(copies: Mapping[ir.Node, ir.Node], candidate: Swap) -> Interface:
     """The candidate's interface in terms of the copies that `extract` made."""
-    copies = dict(zip(nodes, model.graph, strict=True))
     values: dict[ir.Value, ir.Value] = {}
-    for old, new in copies.items():
+    for old in candidate.part.nodes:
+        new = copies[old]
         for a, b in zip((*old.inputs, *old.outputs), (*new.inputs, *new.outputs), strict=True):
             if a is not None and b is not None:
                 values[a] = b

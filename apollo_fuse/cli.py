@@ -140,7 +140,7 @@ def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTar
     type=click.Choice(LAYERS),
     default=LAYERS[-1],
     show_default=True,
-    help="Layers of fusion: I loops, II stitching through caches; to see what each gains.",
+    help="Layers of fusion: I loops, II stitching through caches, III shared launches; to see each gain.",
 )
 @click.option(
     "--no-feedback", is_flag=True, help="Leave what is refused unfused instead of grouping it anew."

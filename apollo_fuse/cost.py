@@ -12,20 +12,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from apollo_fuse.extents import evaluate, evaluate_formula
 from apollo_fuse.index import Symbol
 from apollo_fuse.kernel import KernelGroup, Scope
 from apollo_fuse.machine import Gpu, Level, Machine, Unit
 from apollo_fuse.occupancy import Block, reached
+from apollo_fuse.passes.tile_and_map import GRAIN
 from apollo_fuse.scop import Derived
 from apollo_fuse.work import Stretch, Work, work_of
 
-_GRAIN = (
-    1 << 19
-)  # cheap operations that are worth a thread, and the most chunks that there are, as in compute.c
-_MOST_CHUNKS = 64
+_MOST_CHUNKS = (
+    64  # of a launch, as runtime/compute.c parts it, and how many there are of a thread's worth of work
+)
+_FINER = 4
 
 _MOVES = frozenset(
     {Unit.LOAD, Unit.STORE, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER, Unit.CLAMPED}
@@ -79,13 +80,25 @@ def cost_of(
     sizes: the extents by their symbols, as `bound` finds them; one that is missing counts as 1.
     threads: of a processor, all cores unless given. block: of a GPU, as it was compiled.
     """
-    works = [work_of(kernel, sizes, machine) for kernel in group.kernels]
+    return cost_of_stitch([(group, sizes)], machine, threads, block)
+
+
+def cost_of_stitch(
+    groups: Sequence[tuple[KernelGroup, Mapping[Symbol, int]]],
+    machine: Machine,
+    threads: int | None = None,
+    block: Block | None = None,
+) -> Cost:
+    """What one run of groups takes that share launches: the first kernels of all, then the second ones."""
+    stages = zip_longest(*([work_of(k, sizes, machine) for k in group.kernels] for group, sizes in groups))
+    launches = [[work for work in stage if work is not None] for stage in stages]
     if machine.gpu is not None:
-        parts = [_on_gpu(work, machine, machine.gpu, block or Block()) for work in works]
+        parts = [_on_gpu(works, machine, machine.gpu, block or Block()) for works in launches]
         return _sum(parts, machine.node * len(parts))
     used = max(1, machine.cores if threads is None else min(threads, machine.cores))
-    tensors = len(group.inputs) + len(group.outputs)
-    return _sum([_kernel(work, machine, used) for work in works], machine.node + tensors * machine.argument)
+    tensors = sum(len(group.inputs) + len(group.outputs) for group, _ in groups)
+    calls = machine.node + tensors * machine.argument
+    return _sum([_launch(works, machine, used) for works in launches], calls)
 
 
 def bound(
@@ -130,15 +143,17 @@ def _sum(parts: Sequence[Cost], calls: float) -> Cost:
     )
 
 
-def _kernel(work: Work, machine: Machine, threads: int) -> Cost:
-    chunks = max(1, min(_MOST_CHUNKS, work.items, work.items * work.cheap // _GRAIN))
+def _launch(works: Sequence[Work], machine: Machine, threads: int) -> Cost:
+    """Kernels whose items are parted among threads together."""
+    items, cheap = sum(work.items for work in works), sum(work.items * work.cheap for work in works)
+    chunks = _chunks(items, cheap)
     used = min(threads, chunks)
     core = starts = 0.0
-    for stretch in work.stretches:
+    for stretch in (stretch for work in works for stretch in work.stretches):
         turns, start = _core(stretch, machine)
         core, starts = core + turns, starts + start
-    starts += work.items * machine.item
-    moved = _moved(work, machine, used)
+    starts += items * machine.item
+    moved = _moved(works, machine, used)
     levels = machine.levels[1:]
     one = {level.name: moved[level.name].seconds(level, 1) for level in levels}
     if used == 1:
@@ -155,16 +170,16 @@ def _kernel(work: Work, machine: Machine, threads: int) -> Cost:
         elapsed - shared,
         0.0,
         elapsed,
-        work.compulsory,
+        sum(work.compulsory for work in works),
         {name: m.read + m.written for name, m in moved.items()},
     )
 
 
-def _on_gpu(work: Work, machine: Machine, gpu: Gpu, block: Block) -> Cost:
+def _on_gpu(works: Sequence[Work], machine: Machine, gpu: Gpu, block: Block) -> Cost:
     """Items are blocks, lanes their threads; rates are those of all multiprocessors together."""
-    share = reached(gpu, block, work.items)
-    core = sum(_core(stretch, machine)[0] for stretch in work.stretches)
-    moved = _moved(work, machine, gpu.multiprocessors)
+    share = reached(gpu, block, sum(work.items for work in works))
+    core = sum(_core(stretch, machine)[0] for work in works for stretch in work.stretches)
+    moved = _moved(works, machine, gpu.multiprocessors)
     memory = {
         level.name: moved[level.name].seconds(level, gpu.multiprocessors) for level in machine.levels[1:]
     }
@@ -177,9 +192,15 @@ def _on_gpu(work: Work, machine: Machine, gpu: Gpu, block: Block) -> Cost:
         elapsed - peak,
         0.0,
         elapsed,
-        work.compulsory,
+        sum(work.compulsory for work in works),
         {name: m.read + m.written for name, m in moved.items()},
     )
+
+
+def _chunks(items: int, cheap: int) -> int:
+    """What the plugin parts a launch into, of so many items and cheap operations."""
+    threads = min(cheap // GRAIN, items)
+    return 1 if threads < 2 else min(threads * _FINER, items, _MOST_CHUNKS)
 
 
 def _streamed(together: float, alone: float, wake: float) -> float:
@@ -211,24 +232,27 @@ class _Moved:
         return self.read / reading + self.written / writing
 
 
-def _moved(work: Work, machine: Machine, threads: int) -> dict[str, _Moved]:
-    """What each level but the nearest delivers and takes, where a run finds what the one before has left."""
-    own = [traffic for traffic in work.traffic if traffic.scope is Scope.GLOBAL]
-    touched = sum(traffic.lines for traffic in own)
+def _moved(works: Sequence[Work], machine: Machine, threads: int) -> dict[str, _Moved]:
+    """What each level but the nearest delivers and takes, where a run finds what the one before has left.
+
+    For each kernel by itself: what it reads of what others write is counted for neither.
+    """
     found: dict[str, _Moved] = {}
     for nearer, level in pairwise(machine.levels):
         assert nearer.size is not None
         room = nearer.size if nearer.shared else nearer.size * threads
-        share = missing(touched, room)
         read = written = 0.0
-        for traffic in own:
-            lines = traffic.lines * share
-            for between, again in traffic.again:
-                lines += again * missing(between, nearer.size)
-            if traffic.is_write:
-                written += lines
-            else:
-                read += lines
+        for work in works:
+            own = [traffic for traffic in work.traffic if traffic.scope is Scope.GLOBAL]
+            share = missing(sum(traffic.lines for traffic in own), room)
+            for traffic in own:
+                lines = traffic.lines * share
+                for between, again in traffic.again:
+                    lines += again * missing(between, nearer.size)
+                if traffic.is_write:
+                    written += lines
+                else:
+                    read += lines
         found[level.name] = _Moved(round(read), round(written))
     return found
 

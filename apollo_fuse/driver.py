@@ -26,6 +26,7 @@ from apollo_fuse.evidence import slower, spilled
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Value
+from apollo_fuse.joining import Joined, join
 from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
 from apollo_fuse.machine import Machine
 from apollo_fuse.options import Options
@@ -34,6 +35,7 @@ from apollo_fuse.progress import Progress, SilentProgress
 from apollo_fuse.report import CompileSeconds, LatencyReport, LayoutReport, Report, VerificationReport
 from apollo_fuse.settle import Settle, Settled
 from apollo_fuse.settle_layout import Attempt, faster_layout, layouts
+from apollo_fuse.stitching import Swap, members
 from apollo_fuse.summary import Summary, solve, summarise
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial, open_session
@@ -101,7 +103,7 @@ class _Compilation:
         with self._timed("partition"):
             planner = Planner(start.model, self.options, layout)
             chosen = planner.plan()
-            chosen = replace(chosen, refused=(*start.refused, *chosen.refused))
+            chosen = replace(chosen, unknown=(*start.refused, *chosen.unknown))
         self._dump(chosen, layout)
         return _Planned(layout, start, planner, chosen)
 
@@ -132,9 +134,22 @@ class _Compilation:
         place = folder / layout
         place.mkdir()
         judged = self._judged(planned, {**start.defaults, **feeds}, place)
+        joined = self._join(start.model, judged, {**start.defaults, **feeds})
         self._dump(judged.chosen, layout)
-        settled = self._settle(judged.chosen, judged.trial, original, feeds, judged.judgements, layout)
-        return Attempt(layout, start.model, judged.chosen, judged.trial, settled)
+        settled = self._settle(judged, joined, original, feeds, layout)
+        return Attempt(layout, start.model, judged.chosen, judged.trial, settled, joined.stitches)
+
+    def _join(self, model: ir.Model, judged: _Judged, feeds: Mapping[str, Array]) -> Joined:
+        """What becomes of the plan's kernels where they share launches."""
+        if not self.options.stitches_parallelism:
+            return Joined((), {})
+        with self._timed("judge"):
+            machine = self._machine()
+            joined = join(model, judged.chosen, judged.trial, feeds, judged.judgements, self.options, machine)
+        for name, judgement in joined.judgements.items():
+            if not judgement.verdict.passed:
+                self._complain(f"kernel {name.partition('(')[0]} {judgement.reason}")
+        return joined
 
     def _judged(self, planned: _Planned, feeds: Mapping[str, Array], folder: Path) -> _Judged:
         """The plan once no kernel of it is sent back by what compiling or measuring shows."""
@@ -142,9 +157,9 @@ class _Compilation:
         judgements: dict[str, Judgement] = {}
         while True:
             trial = self._compile(chosen, planned.start.clean, folder)
-            refused = spilled(chosen.candidates, trial.build)
+            judgements |= self._judge(planned.start.model, chosen, trial, feeds, judgements)
+            refused = spilled(chosen.candidates, trial.build, judgements)
             if not refused:
-                judgements |= self._judge(planned.start.model, chosen, trial, feeds, judgements)
                 slow = slower(chosen.candidates, judgements)
                 refused = {p: r for p, r in slow.items() if planner.splits(chosen.candidates[p], r)}
             if not refused:
@@ -180,7 +195,7 @@ class _Compilation:
 
     def _compile(self, chosen: Plan, clean: ir.Model, folder: Path) -> Trial:
         self._toolchains()
-        build = self._build(chosen.candidates, self.tried)
+        build = self._build(chosen.kernels, self.tried)
         return Trial(clean, build, self.options.cache_dir, self.threads, folder)
 
     def _toolchains(self) -> Mapping[Cpu, Toolchain]:
@@ -189,7 +204,7 @@ class _Compilation:
             self.toolchains = toolchains_for(self.options)
         return self.toolchains
 
-    def _builds(self, kept: Sequence[Candidate], tried: link.Build) -> list[link.Build]:
+    def _builds(self, kept: Sequence[Swap], tried: link.Build) -> list[link.Build]:
         """The kernels that stay, for each processor of the library."""
         machine = Cpu.native()
         if unable := [str(cpu) for cpu in self.options.cpu.cpus if not machine.runs(cpu)]:
@@ -198,7 +213,10 @@ class _Compilation:
                 f"this machine cannot run code for {', '.join(unable)}: the kernels were {done} as code for "
                 f"{self.tried} alone; try the result on such a machine"
             )
-        return [tried if cpu == self.tried else self._build(kept, cpu) for cpu in self.options.cpu.cpus]
+        return [
+            tried if cpu == self.tried else self._build([k for x in kept for k in members(x)], cpu)
+            for cpu in self.options.cpu.cpus
+        ]
 
     def _build(self, candidates: Sequence[Candidate], cpu: Cpu) -> link.Build:
         sources = {x.name: x.source for x in candidates}
@@ -225,7 +243,8 @@ class _Compilation:
         known: Mapping[str, Judgement],
     ) -> dict[str, Judgement]:
         """One judgement for each variant of a kernel; its first use in the model stands for all of them."""
-        distinct = {x.variant: x for x in reversed(chosen.candidates) if x.variant not in known}
+        distinct = {x.variant: x for x in reversed(chosen.kernels) if x.variant not in known}
+        not_alone = {x.candidate.variant: x.refused.reason for x in chosen.companions}
         if not distinct:
             return {}
         stage = "measure" if self.options.measure else "verify"
@@ -241,7 +260,16 @@ class _Compilation:
                 self.warnings.append(f"{problem}; kernels that read its values are left out")
             opsets, machine = dict(model.opset_imports), self._machine()
             for variant, candidate in distinct.items():
-                judgement = judge(candidate, opsets, captures, library, self.options, self.threads, machine)
+                judgement = judge(
+                    candidate,
+                    opsets,
+                    captures,
+                    library,
+                    self.options,
+                    self.threads,
+                    machine,
+                    not_alone.get(variant, ""),
+                )
                 found[variant] = judgement
                 if not judgement.verdict.passed:
                     self._complain(f"kernel {candidate.name} {judgement.reason}")
@@ -250,15 +278,19 @@ class _Compilation:
 
     def _settle(
         self,
-        chosen: Plan,
-        trial: Trial,
+        judged: _Judged,
+        joined: Joined,
         original: ort.InferenceSession,
         feeds: Mapping[str, Array],
-        judgements: dict[str, Judgement],
         layout: Layout,
     ) -> Settled:
-        settle = Settle(trial, original, feeds, self.given, self.options.seed, self._complain, judgements)
-        accepted = [x for x in chosen.candidates if judgements[x.variant].accepted]
+        judgements = {**judged.judgements, **joined.judgements}
+        seed = self.options.seed
+        settle = Settle(judged.trial, original, feeds, self.given, seed, self._complain, judgements)
+        together = {kernel.part.nodes[0] for x in joined.accepted for kernel in x.members}
+        apart = (x for x in judged.chosen.candidates if x.part.nodes[0] not in together)
+        accepted: list[Swap] = [*joined.accepted]
+        accepted += (x for x in apart if judgements[x.variant].accepted)
         latency = LatencyReport(threads=self.threads)
         self.progress.stage("verify", None)
         with self._timed("verify"):
@@ -288,7 +320,7 @@ class _Compilation:
     # -- parts ------------------------------------------------------------------------------
 
     def _note_shapes(self, chosen: Plan, arrays: Mapping[str, Array]) -> None:
-        for candidate in chosen.candidates:
+        for candidate in chosen.kernels:
             for value, own in zip(candidate.micro_graph.inputs, candidate.part.inputs, strict=True):
                 if own.name is not None and own.name in arrays:
                     self.shapes.append((value, arrays[own.name].shape))
@@ -313,7 +345,14 @@ class _Compilation:
     def _summary(self, taken: Attempt) -> Summary:
         chosen, settled = taken.chosen, taken.settled
         return summarise(
-            self.path, self.output, taken.model, chosen, settled.judgements, settled.kept, solve(self.shapes)
+            self.path,
+            self.output,
+            taken.model,
+            chosen,
+            taken.stitches,
+            settled.judgements,
+            settled.kept,
+            solve(self.shapes),
         )
 
     def _report(
@@ -333,7 +372,7 @@ class _Compilation:
             nodes_before=summary.nodes_before,
             nodes_after=summary.nodes_after,
             fused_nodes=len(settled.kept),
-            distinct_kernels=len({x.name for x in settled.kept}),
+            distinct_kernels=len({kernel.name for x in settled.kept for kernel in members(x)}),
             kernels=summary.kernels,
             refused=summary.refused,
             feedback_rounds=summary.rounds,

@@ -26,11 +26,19 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """A micro-graph that becomes no kernel, and why."""
+
+    micro_graph: MicroGraph
+    refused: Refused
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """What micro-graphs came to: kernels, final refusals, and the rounds on the way there."""
+    """What micro-graphs came to: kernels, what is left of them, and the rounds on the way there."""
 
     candidates: tuple[Candidate, ...]
-    refused: tuple[Refused, ...]
+    left: tuple[Left, ...]
     rounds: tuple[Round, ...]
 
 
@@ -45,7 +53,7 @@ class Feedback:
     def __call__(self, micro_graphs: Iterable[tuple[MicroGraph, Refused | None]]) -> Outcome:
         """Each micro-graph comes with what it is refused for, or None where it is to be fused first."""
         candidates: list[Candidate] = []
-        refused: list[Refused] = []
+        left: list[Left] = []
         rounds: list[Round] = []
         waiting = deque(micro_graphs)
         while waiting:
@@ -57,13 +65,13 @@ class Feedback:
             result = _named(result, micro_graph)
             forbidden = self.cuts(micro_graph, result)
             if not forbidden:
-                refused.append(result)
+                left.append(Left(micro_graph, result))
                 continue
             rounds.append(Round(result, tuple(sorted(forbidden))))
             needed = frozenset(v.name for v in micro_graph.outputs)
             parts = self.aggregate(micro_graph.operators, needed, forbidden)
             waiting.extendleft((part, None) for part in reversed(parts))
-        return Outcome(tuple(candidates), tuple(refused), tuple(rounds))
+        return Outcome(tuple(candidates), tuple(left), tuple(rounds))
 
     def cuts(self, micro_graph: MicroGraph, refused: Refused) -> frozenset[tuple[int, int]]:
         """The pairs of operators that a refusal is to keep apart; none where it stands."""

@@ -15,7 +15,7 @@ from apollo_fuse.errors import UsageError
 
 TARGETS = ("auto", "cpu")
 LAYOUTS = ("portable", "ort", "auto")
-LAYERS = ("I", "I,II")
+LAYERS = ("I", "I,II", "I,II,III")
 
 
 def default_cache_dir() -> Path:
@@ -75,8 +75,8 @@ class Options:
     cpu: the processors that the library is made for; the machine's own unless others are named.
     layout: `portable` for a model that runs anywhere; `ort` for one in onnxruntime's own layout, which runs
         on machines like this one alone; `auto` for the faster one of both.
-    layers: the layers of the fusion phase: `I` is loop fusion, `I,II` adds memory stitching; to see
-        what each gains.
+    layers: the layers of the fusion phase: `I` is loop fusion, `I,II` adds memory stitching, and `I,II,III`
+        parallelism stitching; to see what each gains.
     feedback: whether what a kernel is refused for groups its operators anew; False leaves them unfused.
     measure: decide what is kept by measuring on this machine; False decides by the cost model alone.
     strict: a kernel that fails verification is an error, instead of being dropped with a warning.
@@ -144,6 +144,11 @@ class Options:
     def stitches_memory(self) -> bool:
         """Whether Layer II is on."""
         return self.layers != "I"
+
+    @property
+    def stitches_parallelism(self) -> bool:
+        """Whether Layer III is on."""
+        return self.layers == "I,II,III"
 
     def dims(self, name: str) -> tuple[int, ...] | None:
         """The extents given for the input `name`, or None where none were given."""

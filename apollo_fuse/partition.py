@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from apollo_fuse.blocked import is_view
 from apollo_fuse.bodies import graphs
-from apollo_fuse.feedback import NOT_WORTH_IT, Feedback, Outcome, Round
+from apollo_fuse.feedback import NOT_WORTH_IT, Feedback, Left, Outcome, Round
 from apollo_fuse.fusion import Candidate, FuseMicroGraph
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Refused, Value
 from apollo_fuse.index import product
@@ -20,20 +20,50 @@ from apollo_fuse.passes.extract_clusters import ExtractClusters, operands
 from apollo_fuse.passes.leave_to_convolution import left_to_convolution
 from apollo_fuse.passes.leave_to_quantized import left_to_quantized
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
+from apollo_fuse.passes.parallelism_stitching import ParallelismStitching, Unit
 from apollo_fuse.symbolic import values_of
 
 _SLOW_ALONE = frozenset({"PRelu"})  # takes onnxruntime 40 times as long as Mul, whatever the threads
 _SMALL = 32  # elements; below this a group computes shapes, not data
+_CALLED = 16 * 1024  # elements that take less time to move than an operator takes to be called
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A kernel that pays where others share its launch, and why it does not pay alone."""
+
+    candidate: Candidate
+    refused: Refused
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """The kernels that a model could have.
+
+    unknown: why nodes are part of no micro-graph. left: micro-graphs that became no kernel, or just
+    companions. dumps: every intermediate form, by file name.
+    """
+
     candidates: tuple[Candidate, ...]
-    refused: tuple[Refused, ...]
+    companions: tuple[Companion, ...]
+    unknown: tuple[Refused, ...]
+    left: tuple[Left, ...]
     rounds: tuple[Round, ...]
-    dumps: Mapping[str, str]  # every intermediate form, by file name
+    dumps: Mapping[str, str]
     isl_seconds: float
     codegen_seconds: float
+
+    @property
+    def kernels(self) -> tuple[Candidate, ...]:
+        """All kernels that the model could have."""
+        return (*self.candidates, *(companion.candidate for companion in self.companions))
+
+    @property
+    def refused(self) -> tuple[Refused, ...]:
+        """Why nodes are in no kernel, companions aside."""
+        beside = {companion.candidate.micro_graph.operators[0].position for companion in self.companions}
+        left = (x for x in self.left if x.micro_graph.operators[0].position not in beside)
+        return (*self.unknown, *(x.refused for x in left))
 
 
 def plan(model: ir.Model, options: Options, layout: Layout = Layout.PORTABLE) -> Plan:
@@ -74,8 +104,8 @@ class Planner:
                 clusters.append(cluster)
                 areas += self._aggregate(cluster, _escaping(cluster, bodied))
         outcome = self._feedback((area, None) for area in areas)
-        start = Plan((), tuple(unknown), (), {"clusters.txt": _operators_text(clusters)}, 0.0, 0.0)
-        return self._with(start, outcome)
+        dumps = {"clusters.txt": _operators_text(clusters)}
+        return self._with(Plan((), (), tuple(unknown), (), (), dumps, 0.0, 0.0), outcome)
 
     def regroup(self, chosen: Plan, refused: Mapping[int, Refused]) -> Plan:
         """The plan with the candidates at these places grouped anew, or gone where nothing can be parted."""
@@ -97,16 +127,39 @@ class Planner:
         return Feedback(self._aggregate, self._fuse, self.options.feedback)
 
     def _with(self, chosen: Plan, more: Outcome) -> Plan:
-        candidates = (*chosen.candidates, *more.candidates)
+        candidates, left = (*chosen.candidates, *more.candidates), (*chosen.left, *more.left)
+        companions = self._companions(candidates, left)
         groups = _operators_text([x.micro_graph.operators for x in candidates])
-        return Plan(
-            candidates,
-            (*chosen.refused, *more.refused),
-            (*chosen.rounds, *more.rounds),
-            {**chosen.dumps, "micro_graphs.txt": groups, **self._fusion.dumps},
-            self._fusion.isl_seconds,
-            self._fusion.codegen_seconds,
+        return replace(
+            chosen,
+            candidates=candidates,
+            companions=companions,
+            left=left,
+            rounds=(*chosen.rounds, *more.rounds),
+            dumps={**chosen.dumps, "micro_graphs.txt": groups, **self._fusion.dumps},
+            isl_seconds=self._fusion.isl_seconds,
+            codegen_seconds=self._fusion.codegen_seconds,
         )
+
+    def _companions(self, candidates: Sequence[Candidate], left: Sequence[Left]) -> tuple[Companion, ...]:
+        """Kernels of what is too small for one, where many of a kind are ready together."""
+        if not self.options.stitches_parallelism:
+            return ()
+        small = [x for x in left if x.refused.rule == NOT_WORTH_IT and _is_small(x.micro_graph)]
+        areas = [*(x.micro_graph for x in candidates), *(x.micro_graph for x in small)]
+        found: list[Companion] = []
+        for graph in graphs(self.model.graph):
+            places = [n for n, area in enumerate(areas) if area.operators[0].node.graph is graph]
+            units = [_unit(areas[n], n < len(candidates)) for n in places]
+            for group in ParallelismStitching()(graph, units):
+                joined = (
+                    small[n - len(candidates)] for n in (places[m] for m in group) if n >= len(candidates)
+                )
+                for x in joined:
+                    candidate = self._fusion(x.micro_graph)
+                    if isinstance(candidate, Candidate):
+                        found.append(Companion(candidate, x.refused))
+        return tuple(found)
 
     def _open(self, graph: ir.Graph) -> list[Operator | Refused]:
         opened = list(OpenCompoundOps(self.model.opset_imports[""])(graph, self._values, self._nodes))
@@ -150,6 +203,22 @@ class Planner:
         if all(size is not None and size <= _SMALL for size in sizes):
             return Refused(nodes, NOT_WORTH_IT, "too small", f"no tensor of more than {_SMALL} elements")
         return self._fusion(micro_graph)
+
+
+def _is_small(micro_graph: MicroGraph) -> bool:
+    """Whether calling it is most of what an area costs, which others that are called with it could share."""
+    sizes = [product(v.shape).constant for v in (*micro_graph.inputs, *micro_graph.outputs)]
+    moves = bool(micro_graph.outputs) and micro_graph.pattern > Pattern.RESHAPE
+    return moves and all(size is not None and size <= _CALLED for size in sizes)
+
+
+def _unit(micro_graph: MicroGraph, pays_alone: bool) -> Unit:
+    values = (*micro_graph.inputs, *micro_graph.outputs)
+    shapes = tuple((value.dtype, value.shape) for value in values)
+    kind = tuple(o.op_type for o in micro_graph.operators), shapes
+    return Unit(
+        tuple(o.node for o in micro_graph.operators), kind, frozenset(v.name for v in values), pays_alone
+    )
 
 
 def _operators_text(groups: Iterable[tuple[Operator, ...]]) -> str:

@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """One distinct kernel.
+    """One distinct kernel, or kernels that share a launch.
 
     layer: the fusion layer that made it: 1 loop fusion, 2 memory stitching, 3 parallelism stitching.
     ops: the ONNX op types it computes, in execution order.
@@ -32,6 +32,8 @@ class KernelReport:
     accepted: whether the written model uses it.
     reason: why it was accepted or not, in one sentence.
     instances: how many places of the model it computes, or would compute.
+    members: of a launch that kernels share, their names, which are reported too; its bytes are theirs.
+    apart_us: microseconds of one run with each of the members called by itself; None where not measured.
     """
 
     name: str
@@ -49,6 +51,8 @@ class KernelReport:
     instances: int = 1
     predicted_unfused_us: float | None = None
     predicted_us: float | None = None
+    members: tuple[str, ...] = ()
+    apart_us: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +202,12 @@ class Report:
     @property
     def bytes_before(self) -> int:
         """Bytes that one run of the fused parts moved before they were fused."""
-        return sum(kernel.bytes_before * kernel.instances for kernel in self.accepted)
+        return sum(k.bytes_before * k.instances for k in self.accepted if not k.members)
 
     @property
     def bytes_after(self) -> int:
         """Bytes that one run of the fused parts moves now."""
-        return sum(kernel.bytes_after * kernel.instances for kernel in self.accepted)
+        return sum(k.bytes_after * k.instances for k in self.accepted if not k.members)
 
     def to_json(self) -> dict[str, Json]:
         """The report as JSON values. Numbers that JSON has no form for (infinite, NaN) become null."""

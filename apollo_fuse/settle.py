@@ -8,17 +8,16 @@ from dataclasses import dataclass, field, replace
 
 import onnxruntime as ort
 
-from apollo_fuse.acceptance import Judgement
+from apollo_fuse.acceptance import CLEAR_GAIN, Judgement
 from apollo_fuse.errors import ApolloFuseError, NoFeedsError, what_onnxruntime_says
 from apollo_fuse.feeds import runnable_feeds
-from apollo_fuse.fusion import Candidate
 from apollo_fuse.measure import Timing, interleaved, ratio_bounds
 from apollo_fuse.report import LatencyReport
+from apollo_fuse.stitching import Stitch, Swap, members
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial
 from apollo_fuse.verify import NOTHING, Verdict, coarsest, failed, verify
 
-CLEAR_GAIN = 1.3  # from this speed-up on a kernel is a clear winner
 MODEL_RUNS = 300  # at most, of each model in one measurement
 SMALL = 0.01  # share of a run's time that is not worth a measurement of the model
 LEAST_SECONDS = 0.25  # of readings, before the verdict can be clear
@@ -31,7 +30,7 @@ WHOLE_MODEL_WINS = 0.98  # share of the unfused time that a fused model has to s
 class Settled:
     """What stays, the latency with it, and what verification found; judgements of all candidates."""
 
-    kept: tuple[Candidate, ...]
+    kept: tuple[Swap, ...]
     latency: LatencyReport
     verdict: Verdict
     judgements: Mapping[str, Judgement]
@@ -52,9 +51,9 @@ class Settle:
     seed: int
     complain: Callable[[str], None]
     judgements: dict[str, Judgement] = field(default_factory=dict)
-    _opened: tuple[tuple[Candidate, ...], ort.InferenceSession] | None = None
+    _opened: tuple[tuple[Swap, ...], ort.InferenceSession] | None = None
 
-    def verified(self, accepted: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], Verdict]:
+    def verified(self, accepted: Sequence[Swap]) -> tuple[tuple[Swap, ...], Verdict]:
         """Those that the model computes the same with; a kernel that makes a difference is dropped."""
         kept = tuple(accepted)
         while kept:
@@ -67,22 +66,23 @@ class Settle:
             kept = tuple(x for x in kept if x.name != wrong)
         return (), NOTHING
 
-    def fastest(self, accepted: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], LatencyReport]:
-        """Measures the model with all kernels and with the clearest winners alone, and keeps the best.
+    def fastest(self, accepted: Sequence[Swap]) -> tuple[tuple[Swap, ...], LatencyReport]:
+        """Measures the model with all kernels, with no launches shared, and with the clearest winners alone.
 
-        What the other kernels save may be too little to measure the model for. What wins nothing, and yet
-        might, is measured once more, for longer, before it is given up.
+        Keeps the best of these. What the others save may be too little to measure the model for. What wins
+        nothing, and yet might, is measured once more, for longer, before it is given up.
         """
         threads = self.trial.threads
-        clear = tuple(x for x in accepted if _gain(self.judgements[x.variant]) >= CLEAR_GAIN)
-        others = [x for x in accepted if x not in clear]
         kept = tuple(accepted)
         unfused, fused = self._measured(kept, seconds=1.0)
-        if clear and others and not (_wins(fused, unfused) and self._saved(others) < SMALL * unfused.median):
+        for select in (self._apart, self._clear):
+            fewer, saved = select(kept)
+            if fewer in ((), kept) or (_wins(fused, unfused) and saved < SMALL * unfused.median):
+                continue
             # one after the other: a session holds all weights once more
-            without, with_clear = self._measured(clear, seconds=1.0)
-            if with_clear.share < fused.share:
-                kept, unfused, fused = clear, without, with_clear
+            without, with_fewer = self._measured(fewer, seconds=1.0)
+            if with_fewer.share < fused.share:
+                kept, unfused, fused = fewer, without, with_fewer
         if not _wins(fused, unfused) and fused.share < HOPELESS:
             unfused, fused = self._measured(kept, seconds=3.0)
         if not _wins(fused, unfused):
@@ -91,12 +91,21 @@ class Settle:
         self._drop([x for x in accepted if x not in kept], "the model is faster without it")
         return kept, _latency(unfused, fused, threads)
 
-    def _saved(self, candidates: Sequence[Candidate]) -> float:
-        """Seconds of a run that these kernels save, going by what each saves alone."""
-        found = (self.judgements[x.variant] for x in candidates)
-        return sum(j.unfused - j.fused for j in found if j.unfused is not None and j.fused is not None)
+    def _apart(self, swaps: tuple[Swap, ...]) -> tuple[tuple[Swap, ...], float]:
+        """The same with each kernel by itself that pays so, and seconds of a run that this should cost."""
+        stitches = [self.judgements[x.variant] for x in swaps if isinstance(x, Stitch)]
+        kernels = (kernel for x in swaps for kernel in members(x))
+        cost = sum(j.apart - j.fused for j in stitches if j.apart is not None and j.fused is not None)
+        return tuple(x for x in kernels if self.judgements[x.variant].accepted), cost
 
-    def _measured(self, chosen: tuple[Candidate, ...], seconds: float) -> tuple[Timing, Timing]:
+    def _clear(self, swaps: tuple[Swap, ...]) -> tuple[tuple[Swap, ...], float]:
+        """The clear winners alone, and seconds of a run that the others should save, each by itself."""
+        clear = tuple(x for x in swaps if self.judgements[x.variant].gain >= CLEAR_GAIN)
+        others = (self.judgements[x.variant] for x in swaps if x not in clear)
+        saved = (j.unfused - j.fused for j in others if j.unfused is not None and j.fused is not None)
+        return clear, sum(saved)
+
+    def _measured(self, chosen: tuple[Swap, ...], seconds: float) -> tuple[Timing, Timing]:
         """Latency without and with these kernels, in turn for `seconds` each or until it is clear."""
         unfused, fused = interleaved(
             [self.original, self._open(chosen)],
@@ -107,7 +116,7 @@ class Settle:
         )
         return unfused, fused
 
-    def _open(self, chosen: tuple[Candidate, ...]) -> ort.InferenceSession:
+    def _open(self, chosen: tuple[Swap, ...]) -> ort.InferenceSession:
         """The model with these kernels; the one that was opened last is kept, and no other."""
         if self._opened is None or self._opened[0] != chosen:
             self._opened = None  # closed first, so that there are never two
@@ -124,7 +133,7 @@ class Settle:
             return None
         return _latency(unfused, laid_out, self.trial.threads), verdict
 
-    def _verify(self, chosen: Sequence[Candidate]) -> Verdict:
+    def _verify(self, chosen: Sequence[Swap]) -> Verdict:
         original = self.original
         shapes = {name: array.shape for name, array in self.feeds.items()}
         cases = [self.feeds]
@@ -138,7 +147,7 @@ class Settle:
             return failed(f"onnxruntime does not load the model: {what_onnxruntime_says(error)}")
         return verify(original, fused, cases, coarsest(x.micro_graph for x in chosen))
 
-    def _bisect(self, suspects: Sequence[Candidate]) -> str:
+    def _bisect(self, suspects: Sequence[Swap]) -> str:
         """The name of a kernel that makes the model wrong."""
         names = sorted({x.name for x in suspects})
         while len(names) > 1:
@@ -147,15 +156,9 @@ class Settle:
             names = [n for n in names if (n in half) == wrong]
         return names[0]
 
-    def _drop(self, candidates: Sequence[Candidate], reason: str) -> None:
+    def _drop(self, candidates: Sequence[Swap], reason: str) -> None:
         for variant in {x.variant for x in candidates}:
             self.judgements[variant] = replace(self.judgements[variant], reason=reason)
-
-
-def _gain(judgement: Judgement) -> float:
-    if judgement.unfused is None or judgement.fused is None:
-        return 0.0
-    return judgement.unfused / judgement.fused
 
 
 def _is_clear(readings: Sequence[Sequence[float]]) -> bool:

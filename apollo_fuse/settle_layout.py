@@ -14,6 +14,7 @@ from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan
 from apollo_fuse.report import LayoutReport
 from apollo_fuse.settle import BOUND_WINS, MODEL_RUNS, Settled
+from apollo_fuse.stitching import Stitch
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial
 
@@ -29,6 +30,7 @@ class Attempt:
     chosen: Plan
     trial: Trial | None
     settled: Settled
+    stitches: tuple[Stitch, ...] = ()  # that were judged
 
 
 def layouts(options: Options) -> tuple[Layout, ...]:

@@ -13,11 +13,11 @@ from apollo_fuse import extents, onnx_files
 from apollo_fuse.acceptance import Judgement
 from apollo_fuse.bodies import nodes
 from apollo_fuse.cpu import cpu_name
-from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Value
 from apollo_fuse.index import Index, Symbol
 from apollo_fuse.partition import Plan
 from apollo_fuse.report import FeedbackRound, KernelReport, RefusedReport
+from apollo_fuse.stitching import Stitch, Swap, members
 from apollo_fuse.versions import versions
 
 
@@ -37,26 +37,35 @@ def summarise(
     output: Path,
     model: ir.Model,
     chosen: Plan,
+    stitches: Sequence[Stitch],
     judgements: Mapping[str, Judgement],
-    fused: Sequence[Candidate],
+    fused: Sequence[Swap],
     sizes: Mapping[Symbol, int] = MappingProxyType({}),
 ) -> Summary:
     """The parts of the report; `sizes` are the extents that traffic is counted for, as `solve` finds them.
 
     An extent that is not among them counts as 1.
     """
-    uses: dict[str, list[Candidate]] = {}
-    for candidate in chosen.candidates:
+    used = {kernel.variant: kernel for x in fused for kernel in members(x)}
+    joined = {kernel.part.nodes[0] for x in fused for kernel in members(x)}
+    left = [x for x in chosen.companions if x.candidate.part.nodes[0] not in joined]
+    beside = [x.candidate for x in chosen.companions if x.candidate.variant in used]
+    uses: dict[str, list[Swap]] = {}
+    swaps: list[Swap] = [*chosen.candidates, *beside, *stitches]
+    for candidate in swaps:
         uses.setdefault(candidate.variant, []).append(candidate)
     labels = [node.name or f"{node.op_type}_{place}" for place, node in enumerate(nodes(model.graph))]
-    kept = {x.variant for x in fused}
+    kept = {x.variant for x in fused} | used.keys()
     return Summary(
         cpu_name(),
         versions(),
         onnx_files.node_count(onnx_files.read(path).graph),
         onnx_files.node_count(onnx_files.read(output).graph),
         tuple(_kernel(same, judgements[key], key in kept, sizes) for key, same in uses.items()),
-        tuple(RefusedReport(r.nodes, r.rule, r.reason, r.evidence) for r in chosen.refused),
+        tuple(
+            RefusedReport(r.nodes, r.rule, r.reason, r.evidence)
+            for r in (*chosen.refused, *(x.refused for x in left))
+        ),
         tuple(
             FeedbackRound(
                 number,
@@ -102,12 +111,12 @@ def solve(values: Iterable[tuple[Value, tuple[int, ...]]]) -> dict[Symbol, int]:
 
 
 def _kernel(
-    same: Sequence[Candidate], judgement: Judgement, accepted: bool, sizes: Mapping[Symbol, int]
+    same: Sequence[Swap], judgement: Judgement, accepted: bool, sizes: Mapping[Symbol, int]
 ) -> KernelReport:
     candidate = same[0]
     return KernelReport(
         name=candidate.name,
-        layer=2 if candidate.group.stitches else 1,
+        layer=_layer(candidate),
         ops=tuple(o.op_type for o in candidate.micro_graph.operators),
         pattern=candidate.micro_graph.pattern.name,
         inputs=tuple(map(_shape_text, candidate.micro_graph.inputs)),
@@ -124,14 +133,24 @@ def _kernel(
         if judgement.predicted_unfused is None
         else judgement.predicted_unfused * 1e6,
         predicted_us=None if judgement.predicted is None else judgement.predicted * 1e6,
+        members=tuple(x.name for x in candidate.members) if isinstance(candidate, Stitch) else (),
+        apart_us=None if judgement.apart is None else judgement.apart * 1e6,
     )
+
+
+def _layer(candidate: Swap) -> int:
+    if isinstance(candidate, Stitch):
+        return 3
+    return 2 if candidate.group.stitches else 1
 
 
 def _reason(judgement: Judgement, accepted: bool) -> str:
     if judgement.unfused is None or judgement.fused is None:
-        return judgement.reason or (_unmeasured(judgement) if accepted else "left out")
-    speed = f"{judgement.unfused / judgement.fused:.2f}x as fast as onnxruntime"
-    return f"{judgement.reason} ({speed})" if judgement.reason else speed
+        found = judgement.reason or (_unmeasured(judgement) if accepted else "left out")
+    else:
+        speed = f"{judgement.unfused / judgement.fused:.2f}x as fast as onnxruntime"
+        found = f"{judgement.reason} ({speed})" if judgement.reason else speed
+    return f"pays in a launch with others; alone: {found}" if accepted and judgement.reason else found
 
 
 def _unmeasured(judgement: Judgement) -> str:

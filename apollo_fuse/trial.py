@@ -14,11 +14,11 @@ from apollo_fuse import onnx_io
 from apollo_fuse.atomic import replacing
 from apollo_fuse.bodies import nodes
 from apollo_fuse.codegen import link
-from apollo_fuse.codegen.table import alone, tables
-from apollo_fuse.fusion import Candidate
+from apollo_fuse.codegen.table import tables
 from apollo_fuse.layout import pin
 from apollo_fuse.measure import session_options
 from apollo_fuse.region import Interface, swap
+from apollo_fuse.stitching import Swap, entry, members
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
@@ -39,7 +39,7 @@ class Trial:
     threads: int
     folder: Path
 
-    def fused(self, chosen: Sequence[Candidate]) -> ort.InferenceSession:
+    def fused(self, chosen: Sequence[Swap]) -> ort.InferenceSession:
         """The model with these candidates in it, which may be none."""
         model = self._swapped(chosen)
         settings = onnx_io.beside_weights(session_options(self.threads), model)
@@ -51,11 +51,11 @@ class Trial:
             proto = ir.to_proto(model).SerializeToString()
             return ort.InferenceSession(proto, settings, providers=["CPUExecutionProvider"])
 
-    def library(self, chosen: Sequence[Candidate], path: Path) -> None:
+    def library(self, chosen: Sequence[Swap], path: Path) -> None:
         """Links the kernels of these candidates, for this machine."""
         self._link(chosen, path, [self.build])
 
-    def write(self, chosen: Sequence[Candidate], path: Path, builds: Sequence[link.Build]) -> Path:
+    def write(self, chosen: Sequence[Swap], path: Path, builds: Sequence[link.Build]) -> Path:
         """Writes the model with these candidates, and its library beside it; gives the library's path.
 
         The library holds what was built for its targets. Where anything fails, neither file has changed.
@@ -70,14 +70,15 @@ class Trial:
         """Writes the model without a kernel, in the layout that it is in."""
         onnx_io.write(self._swapped(()), path)
 
-    def _link(self, chosen: Sequence[Candidate], path: Path, builds: Sequence[link.Build]) -> None:
-        nodes = {x.name: alone(x.name, len(x.group.inputs)) for x in chosen}
-        names = sorted(nodes)
-        ops = tables([nodes[name] for name in names], [build.toolchain.cpu.level for build in builds])
+    def _link(self, chosen: Sequence[Swap], path: Path, builds: Sequence[link.Build]) -> None:
+        nodes = {x.name: entry(x) for x in chosen}
+        names = sorted({kernel.name for x in chosen for kernel in members(x)})
+        levels = [build.toolchain.cpu.level for build in builds]
+        ops = tables([nodes[name] for name in sorted(nodes)], levels)
         objects = [build.objects[name] for build in builds for name in names]
         link.link_library(objects, ops, path, builds[0].toolchain, self.cache)
 
-    def _swapped(self, chosen: Sequence[Candidate]) -> ir.Model:
+    def _swapped(self, chosen: Sequence[Swap]) -> ir.Model:
         model = self.clean.clone()
         positions = dict(enumerate(nodes(model.graph)))
         for candidate in chosen:
@@ -87,7 +88,7 @@ class Trial:
         return model
 
 
-def _relocated(candidate: Candidate, positions: Mapping[int, ir.Node]) -> Interface:
+def _relocated(candidate: Swap, positions: Mapping[int, ir.Node]) -> Interface:
     """The candidate's interface in another copy of the same clean model."""
     pairs = [(o.node, positions[o.position]) for o in candidate.micro_graph.operators]
     values: dict[ir.Value, ir.Value] = {}

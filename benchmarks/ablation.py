@@ -1,8 +1,8 @@
 """What each layer of the fusion phase gains by itself: ``python -m benchmarks.ablation``.
 
-Every model is fused with loop fusion alone (I), with memory stitching as well (I,II), and once more with all
-layers but without the upward feedback. All of these and the unfused model are measured in turn, as in the
-ablation study of Apollo (MLSys 2022).
+Every model is fused with loop fusion alone (I), with memory stitching as well (I,II), with parallelism
+stitching too (I,II,III), and once more with all layers but without the upward feedback. All of these and the
+unfused model are measured in turn, as in the ablation study of Apollo (MLSys 2022).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ VARIANTS: Mapping[str, Options] = {
 }
 _OWN_GAINS = {
     "II": (LAYERS[1], LAYERS[0]),
+    "III": (LAYERS[2], LAYERS[1]),
     "feedback": (LAYERS[-1], NO_FEEDBACK),
 }
 """What adds each, and what it is measured against."""

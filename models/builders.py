@@ -40,7 +40,7 @@ class Builder:
 
 
 _STEP = {"learning_rate": 1e-3, "step": 10.0}
-_MOMENTS = frozenset(f"second_{index}" for index in range(100))
+_MOMENTS = frozenset(f"second_{index}" for index in range(1000))
 
 BUILDERS: dict[str, Builder] = {
     builder.name: builder
@@ -65,6 +65,14 @@ BUILDERS: dict[str, Builder] = {
         Builder("wide_deep", memory_bound.wide_deep, True, False),
         Builder("adam", memory_bound.adam, True, False, values=_STEP, positive=_MOMENTS),
         Builder("adam100", partial(memory_bound.adam, 100), True, False, values=_STEP, positive=_MOMENTS),
+        Builder(
+            "adam1000",
+            partial(memory_bound.adam, 1000, shapes=memory_bound.VECTOR_SHAPES),
+            True,
+            False,
+            values=_STEP,
+            positive=_MOMENTS,
+        ),
         Builder("lamb100", partial(memory_bound.lamb, 100), True, False, values=_STEP, positive=_MOMENTS),
         Builder("reduce_sum_square", memory_bound.reduce_sum_square, True, False),
         Builder(

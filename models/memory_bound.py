@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -14,6 +15,8 @@ _EPSILON = 1e-5
 _IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
 _PARAMETER_SHAPES = ((256, 256), (256,), (256, 512), (512,), (128, 64, 3, 3))
+VECTOR_SHAPES = ((64,), (128,), (256,), (512,), (768,), (1024,), (2048,), (3072,))
+"""Of small parameters: the lengths that the scales and biases of ResNet-50 and of BERT-base have."""
 _DECAYS = (0.9, 0.999)
 _WEIGHT_DECAY = 0.01
 
@@ -177,13 +180,15 @@ def wide_deep(rows: int | str = 1024, columns: int = 50) -> onnx.ModelProto:
     return graph.model()
 
 
-def adam(parameters: int = 50, divisor: int = 1) -> onnx.ModelProto:
-    """One step of Adam over parameters of mixed shapes; `divisor` makes their first extent smaller."""
+def adam(
+    parameters: int = 50, divisor: int = 1, shapes: Sequence[tuple[int, ...]] = _PARAMETER_SHAPES
+) -> onnx.ModelProto:
+    """One step of Adam over parameters of `shapes` in turn; `divisor` makes their first extent smaller."""
     graph = Graph("adam")
     rate = graph.input("learning_rate", [])
     corrections = _corrections(graph)
     for index in range(parameters):
-        shape = _parameter_shape(index, divisor)
+        shape = _parameter_shape(index, divisor, shapes)
         parameter = graph.input(f"parameter_{index}", shape)
         direction = _direction(graph, index, shape, corrections)
         updated = graph.op("Sub", parameter, graph.op("Mul", direction, rate))
@@ -201,7 +206,7 @@ def lamb(parameters: int = 50, divisor: int = 1) -> onnx.ModelProto:
         return graph.op("Sqrt", graph.op("ReduceSum", graph.op("Mul", value, value), keepdims=0))
 
     for index in range(parameters):
-        shape = _parameter_shape(index, divisor)
+        shape = _parameter_shape(index, divisor, _PARAMETER_SHAPES)
         parameter = graph.input(f"parameter_{index}", shape)
         direction = _direction(graph, index, shape, corrections)
         update = graph.op("Add", direction, graph.op("Mul", parameter, _WEIGHT_DECAY))
@@ -213,8 +218,8 @@ def lamb(parameters: int = 50, divisor: int = 1) -> onnx.ModelProto:
     return graph.model()
 
 
-def _parameter_shape(index: int, divisor: int) -> list[int]:
-    first, *rest = _PARAMETER_SHAPES[index % len(_PARAMETER_SHAPES)]
+def _parameter_shape(index: int, divisor: int, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    first, *rest = shapes[index % len(shapes)]
     return [first // divisor, *rest]
 
 

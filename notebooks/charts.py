@@ -21,7 +21,7 @@ from benchmarks.ablation import NO_FEEDBACK, VARIANTS, Ablation
 from benchmarks.row import Comparison
 from notebooks.style import FUSED, LIMIT, SERIES, UNFUSED, at_one, speedup_axis, time_axis
 
-PARTS = ("II", "feedback")
+PARTS = ("II", "III", "feedback")
 """What the ablation tells apart beside Layer I."""
 
 _BOUND_MARK = {"marker": "|", "markersize": 12, "markeredgewidth": 2}
@@ -168,7 +168,7 @@ def _draw_own_gains(axes: Axes, rows: Sequence[Ablation]) -> None:
         dark = abs(math.log(gain)) > 0.6 * math.log(spread)
         colour = "white" if dark else "black"
         axes.text(column, row, f"{gain:.2f}x", ha="center", va="center", color=colour)
-    axes.set_xticks(range(1 + len(PARTS)), ["Layer I", "Layer II", "feedback"])
+    axes.set_xticks(range(1 + len(PARTS)), ["Layer I", "Layer II", "Layer III", "feedback"])
     axes.tick_params(left=False, bottom=False)
     axes.spines[:].set_visible(False)
     axes.set_title("What each adds by itself")

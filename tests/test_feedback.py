@@ -158,12 +158,12 @@ def test_rounds_end_and_lose_no_operator(
 
     outcome = Feedback(AggregateOps(), fuse_some)([(area, None) for area in areas])
     kept = [positions(x.micro_graph.operators) for x in outcome.candidates]
-    left = sum(len(r.nodes) for r in outcome.refused)
+    left = sum(len(r.refused.nodes) for r in outcome.left)
     every = sorted(p for area in areas for p in positions(area.operators))
     assert sorted(p for places in kept for p in places) == sorted(set(p for places in kept for p in places))
     assert {p for places in kept for p in places} <= set(every)
     assert sum(map(len, kept)) + left == len(every)
-    assert all(len(r.nodes) == 1 for r in outcome.refused)
+    assert all(len(r.refused.nodes) == 1 for r in outcome.left)
     assert all(r.forbidden for r in outcome.rounds)
 
 
@@ -176,4 +176,4 @@ def test_what_is_not_worth_a_kernel_is_not_grouped_anew(tmp_path: Path) -> None:
     outcome = Feedback(AggregateOps(), lambda _: Refused((), NOT_WORTH_IT, "too small"))(
         [(a, None) for a in areas]
     )
-    assert len(outcome.refused) == len(areas) and not outcome.rounds
+    assert len(outcome.left) == len(areas) and not outcome.rounds

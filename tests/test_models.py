@@ -39,6 +39,7 @@ SMALL: Mapping[str, Mapping[str, int]] = {
     "wide_deep": {"rows": 11, "columns": 4},
     "adam": {"parameters": 6, "divisor": 32},
     "adam100": {"parameters": 6, "divisor": 32},
+    "adam1000": {"parameters": 9, "divisor": 32, "shapes": ((64,), (96,))},
     "lamb100": {"parameters": 6, "divisor": 32},
     "reduce_sum_square": {"rows": 6, "columns": 10},
     "wide_deep_preprocessing": {"rows": 11, "columns": 3},

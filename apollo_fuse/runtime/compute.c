@@ -8,6 +8,7 @@
 
 #define MOST_CHUNKS 64     /* enough for every pool to balance its load, and a slot number fits in a word */
 #define GRAIN (1 << 19)    /* cheap operations that are worth a thread */
+#define FINER 4            /* chunks of so much work, so that threads end at about the same time */
 #define ALIGNMENT 64
 
 /* An af_op of the node in one call. */
@@ -143,8 +144,8 @@ static size_t plan_launches(const custom_op *self, const part *parts, launch *la
       *shares++ = share;
       launch->count++;
     }
-    launch->chunks = min(launch->work / GRAIN, min(items, MOST_CHUNKS));
-    if (launch->chunks < 1) launch->chunks = 1;
+    const int64_t threads = min(launch->work / GRAIN, items); /* that have enough to do */
+    launch->chunks = threads < 2 ? 1 : min(threads * FINER, min(items, MOST_CHUNKS));
     const size_t bytes = launch->slot_bytes * (size_t)launch->chunks;
     if (bytes > most) most = bytes;
   }

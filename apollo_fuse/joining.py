@@ -1,0 +1,137 @@
+"""Decides which stitches stay: sharing launches has to beat onnxruntime, and each kernel by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from apollo_fuse.acceptance import WINS, Judgement, Region, context, needed_values
+from apollo_fuse.bodies import graphs
+from apollo_fuse.capture import Captures, capture
+from apollo_fuse.cost import cost_of_stitch
+from apollo_fuse.errors import what_onnxruntime_says
+from apollo_fuse.fusion import Candidate
+from apollo_fuse.machine import Machine
+from apollo_fuse.measure import interleaved
+from apollo_fuse.options import Options
+from apollo_fuse.partition import Plan
+from apollo_fuse.passes.parallelism_stitching import ParallelismStitching, Unit
+from apollo_fuse.predicted import extents_of
+from apollo_fuse.stitching import Stitch, stitch
+from apollo_fuse.tolerance import Array
+from apollo_fuse.trial import Trial
+from apollo_fuse.verify import NOTHING, coarsest, failed, verify
+
+_PREDICTED = "predicted to take {:.1f} us together, and {:.1f} us apart"
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The stitches that were worth judging, and what was found of each distinct one."""
+
+    stitches: tuple[Stitch, ...]
+    judgements: Mapping[str, Judgement]
+
+    @property
+    def accepted(self) -> tuple[Stitch, ...]:
+        return tuple(x for x in self.stitches if self.judgements[x.variant].accepted)
+
+
+def join(
+    model: ir.Model,
+    chosen: Plan,
+    trial: Trial,
+    feeds: Mapping[str, Array],
+    judgements: Mapping[str, Judgement],
+    options: Options,
+    machine: Machine,
+) -> Joined:
+    """Joins the plan's kernels, whose judgements are given, into stitches, and judges those."""
+    found = list(stitches(model, chosen.kernels, judgements))
+    distinct = {x.variant: x for x in reversed(found)}
+    captures = capture(trial.clean, needed_values(distinct.values()), feeds, trial.threads)
+    library = trial.folder / "stitches.so"
+    judge = _Judge(dict(model.opset_imports), captures, library, options, trial.threads, machine, judgements)
+    hopeful = [x for x in distinct.values() if judge.expects_gain(x)]
+    if hopeful and options.measure:
+        kernels = {x.name: x for joined in hopeful for x in joined.members}
+        trial.library([*hopeful, *kernels.values()], library)
+    known = {x.variant: judge(x) for x in hopeful}
+    return Joined(tuple(x for x in found if x.variant in known), known)
+
+
+def stitches(
+    model: ir.Model, candidates: Sequence[Candidate], judgements: Mapping[str, Judgement]
+) -> Iterator[Stitch]:
+    """What may share launches: kernels that compute what they should, whether or not they pay alone."""
+    sound = [x for x in candidates if judgements[x.variant].is_sound]
+    for graph in graphs(model.graph):
+        here = [x for x in sound if x.part.nodes[0].graph is graph]
+        for group in ParallelismStitching()(graph, [_unit(x, judgements[x.variant]) for x in here]):
+            yield stitch([here[place] for place in group])
+
+
+def _unit(candidate: Candidate, judgement: Judgement) -> Unit:
+    tensors = frozenset((*candidate.part.inputs, *candidate.part.outputs))
+    return Unit(candidate.part.nodes, candidate.variant, tensors, judgement.accepted)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Judges a stitch as `acceptance.judge` does a kernel; `judgements` are those of its members."""
+
+    opsets: Mapping[str, int]
+    captures: Captures
+    library: Path
+    options: Options
+    threads: int
+    machine: Machine
+    judgements: Mapping[str, Judgement]
+
+    def expects_gain(self, joined: Stitch) -> bool:
+        """Whether it is worth a measurement, by the cost model."""
+        together, apart, unfused = self._predicted(joined)
+        return together < WINS * min(apart, unfused)
+
+    def __call__(self, joined: Stitch) -> Judgement:
+        """Verifies on captured inputs that each kernel is given what it should, then measures it."""
+        together, apart, before = self._predicted(joined)
+        if not self.options.measure:
+            loses = together >= min(apart, before)
+            reason = _PREDICTED.format(together * 1e6, apart * 1e6) if loses else ""
+            return Judgement(NOTHING, None, None, reason, before, together)
+        nodes = context(joined)
+        accepted = [x for x in joined.members if self.judgements[x.variant].accepted]
+        try:
+            region = Region(joined, nodes, self.opsets, self.library, self.threads, apart=accepted)
+        except Exception as error:  # onnxruntime raises classes of its own for each status
+            verdict = failed(what_onnxruntime_says(error))
+            return Judgement(verdict, None, None, f"does not load: {verdict.problem}", before, together)
+        feeds = region.feeds(self.captures.arrays)
+        verdict = verify(region.unfused, region.fused, [feeds], coarsest([joined.micro_graph]))
+        if not verdict.passed:
+            return Judgement(verdict, None, None, f"does not verify: {verdict.problem}", before, together)
+        sessions = [region.apart, region.fused, region.unfused]
+        each, fused, unfused = interleaved(sessions, feeds, seconds=self.options.measure_seconds * 3)
+        reason = ""
+        if fused.minimum > WINS * unfused.minimum or fused.share > WINS * unfused.share:
+            reason = "not faster than onnxruntime"
+        elif fused.minimum > WINS * each.minimum or fused.share > WINS:
+            reason = "not faster than its kernels one by one"
+        return Judgement(verdict, unfused.minimum, fused.minimum, reason, before, together, each.minimum)
+
+    def _predicted(self, joined: Stitch) -> tuple[float, float, float]:
+        """Seconds of the kernels together, of the better way for each apart, and of onnxruntime alone."""
+        used = self.options.threads or self.machine.cores
+        groups = [(x.group, extents_of(x, self.captures.arrays)) for x in joined.members]
+        together = cost_of_stitch(groups, self.machine, used).seconds
+        known = [self.judgements[x.variant] for x in joined.members]
+        unfused = [j.predicted_unfused or 0.0 for j in known]
+        apart = [
+            j.predicted if j.accepted and j.predicted is not None else before
+            for j, before in zip(known, unfused, strict=True)
+        ]
+        return together, sum(apart), sum(unfused)
