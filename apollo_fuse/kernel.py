@@ -14,7 +14,7 @@ from typing import TypeAlias
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Block, Op
 from apollo_fuse.graph import Value
-from apollo_fuse.index import ONE, ZERO, Index, Indirect, Iterator
+from apollo_fuse.index import ONE, ZERO, Atom, Index, Indirect, Iterator
 from apollo_fuse.scop import Derived, Extent
 
 
@@ -252,6 +252,24 @@ def work(steps: tuple[Step, ...]) -> Index:
         elif isinstance(step, Compute):
             total = total + (step.block.cost + 2)
     return total
+
+
+def substituted(step: Step, values: dict[Atom, Index]) -> Step:
+    """The step with these values in the place of iterators and extents."""
+
+    def target(old: Target) -> Target:
+        return Target(old.buffer, old.offset.substitute(values))
+
+    match step:
+        case Loop(iterator, kind, body, limit):
+            inner = tuple(substituted(child, values) for child in body)
+            return Loop(iterator, kind, inner, None if limit is None else limit.substitute(values))
+        case Compute(statement, block, targets, combine):
+            return Compute(statement, block.substitute(values), tuple(map(target, targets)), combine)
+        case Initialise(old, op):
+            return Initialise(target(old), op)
+        case Copy(source, old):
+            return Copy(target(source), target(old))
 
 
 def _lines(step: Step, indent: str) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from apollo_fuse.graph import Refused, Value
 from apollo_fuse.kernel import AtMost, Kernel, KernelGroup, work
+from apollo_fuse.passes.cascade_sums import cascade_sums
 from apollo_fuse.passes.loop_fusion import Fused
 from apollo_fuse.passes.memory_stitching import Overflow, shared_tensors
 from apollo_fuse.passes.recompute import recompute
@@ -31,6 +32,14 @@ class LowerScop:
     tile_and_map: TileAndMap
 
     def __call__(self, scop: Scop) -> Lowered | Refused:
+        lowered = self._formed(scop)
+        if isinstance(lowered, Refused):
+            return lowered
+        kernels = tuple(map(cascade_sums, lowered.group.kernels))
+        return replace(lowered, group=replace(lowered.group, kernels=kernels))
+
+    def _formed(self, scop: Scop) -> Lowered | Refused:
+        """The kernels, in two forms where run-time extents choose between them."""
         plain = self._lower(scop)
         if isinstance(plain, Refused):
             return plain

@@ -26,6 +26,7 @@ from apollo_fuse.kernel import (
     Step,
     Target,
     buffers_of,
+    substituted,
     walk,
     work,
 )
@@ -92,7 +93,7 @@ class _Splitting:
         self.finish()  # the loop may read what the steps before it write
         part, inner, limit = _part(loop)
         values: dict[Atom, Index] = {loop.iterator: Index.of(part) * inner.extent + Index.of(inner)}
-        body = tuple(_substituted(step, values) for step in loop.body)
+        body = tuple(substituted(step, values) for step in loop.body)
         place = self.item * part.extent + Index.of(part)
         starts: list[Step] = []
         stores: list[Step] = []
@@ -198,19 +199,3 @@ def _written(steps: tuple[Step, ...]) -> set[str]:
 def _each(lane: Iterator, step: Step) -> Step:
     """The step for each lane that has an accumulator."""
     return step if lane.extent.is_one else Loop(lane, LoopKind.LANE, (step,))
-
-
-def _substituted(step: Step, values: dict[Atom, Index]) -> Step:
-    def target(old: Target) -> Target:
-        return Target(old.buffer, old.offset.substitute(values))
-
-    match step:
-        case Loop(iterator, kind, body, limit):
-            inner = tuple(_substituted(child, values) for child in body)
-            return Loop(iterator, kind, inner, None if limit is None else limit.substitute(values))
-        case Compute(statement, block, targets, combine):
-            return Compute(statement, block.substitute(values), tuple(map(target, targets)), combine)
-        case Initialise(old, op):
-            return Initialise(target(old), op)
-        case Copy(source, old):
-            return Copy(target(source), target(old))
