@@ -9,8 +9,9 @@ nothing is measured, that decides.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,6 +20,7 @@ import onnxruntime as ort
 from apollo_fuse import onnx_io
 from apollo_fuse.blocked import DOMAIN
 from apollo_fuse.capture import Captures
+from apollo_fuse.doubles import in_doubles
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.expressions import Apply, Block, Op
 from apollo_fuse.fusion import Candidate
@@ -29,7 +31,7 @@ from apollo_fuse.options import Options
 from apollo_fuse.predicted import predicted
 from apollo_fuse.region import Interface, extract, region_inputs, swap
 from apollo_fuse.stitching import Swap
-from apollo_fuse.tolerance import Array
+from apollo_fuse.tolerance import Array, Doubles
 from apollo_fuse.unfused import Ran, ran
 from apollo_fuse.verify import NOTHING, Verdict, coarsest, edge_case, failed, verify
 
@@ -125,7 +127,7 @@ def judge(
         return Judgement(verdict, None, None, f"does not load: {verdict.problem}")
     feeds = alone.feeds(arrays)
     precision = coarsest([candidate.micro_graph])
-    verdict = verify(alone.unfused, alone.fused, [feeds], precision)
+    verdict = verify(alone.unfused, alone.fused, [feeds], precision, alone.in_doubles)
     if not verdict.passed:
         return Judgement(verdict, None, None, f"does not verify: {verdict.problem}")
     sparse = candidate.micro_graph.pattern >= Pattern.REDUCTION
@@ -135,7 +137,7 @@ def judge(
         o.op_type in _PASS_NAN_ON_AT_TIMES for o in candidate.micro_graph.operators
     )
     special = edge_case(feeds, options.seed, sparse=sparse, finite=finite)
-    edges = verify(alone.unfused, alone.fused, [special], precision)
+    edges = verify(alone.unfused, alone.fused, [special], precision, alone.in_doubles)
     if not edges.passed:
         return Judgement(edges, None, None, f"does not verify on edge values: {edges.problem}")
     verdict = verdict.joined(edges)
@@ -200,11 +202,12 @@ class Region:
             for v in outputs
             if v.is_graph_output() or not v.uses() or any(u not in inside for u, _ in v.uses())
         ] or outputs
+        self._extracted: Callable[[], ir.Model] = partial(extract, nodes, opsets, outputs)
         profile = library.parent / "profile" if profiled else None
-        self.unfused = _session(extract(nodes, opsets, outputs), threads, None, profile)
+        self.unfused = _session(self._extracted(), threads, None, profile)
 
         def with_kernels(swaps: Sequence[Swap]) -> ort.InferenceSession:
-            model = extract(nodes, opsets, outputs)
+            model = self._extracted()
             copies = dict(zip(nodes, model.graph, strict=True))
             for part in swaps:
                 swap(model, _inside(copies, part), part.name)
@@ -216,6 +219,10 @@ class Region:
 
     def feeds(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         return {f"x{n}": arrays[v.name or ""] for n, v in enumerate(self._inputs)}
+
+    def in_doubles(self, feeds: Mapping[str, Array]) -> list[Doubles]:
+        """What the outputs are in double precision; raises NotInDoublesError."""
+        return in_doubles(self._extracted(), feeds)
 
     def operators(self) -> tuple[Ran, ...]:
         """What onnxruntime ran unfused; ends the profile of a region that was made to have one."""

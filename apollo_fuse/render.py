@@ -202,6 +202,8 @@ def _explain_kernel(kernel: KernelReport, console: Console) -> None:
     if kernel.predicted_us is not None and kernel.predicted_unfused_us is not None:
         figures += f"; predicted {kernel.predicted_unfused_us:.1f} us -> {kernel.predicted_us:.1f} us"
     _print(console, f"    {figures}")
+    if kernel.note:
+        _print(console, f"    judged in float64: {kernel.note}")
 
 
 def _abbreviated(names: Iterable[str], most: int = _NAMES) -> str:

@@ -135,6 +135,7 @@ def _kernel(
         predicted_us=None if judgement.predicted is None else judgement.predicted * 1e6,
         members=tuple(x.name for x in candidate.members) if isinstance(candidate, Stitch) else (),
         apart_us=None if judgement.apart is None else judgement.apart * 1e6,
+        note=judgement.verdict.note,
     )
 
 

@@ -1,4 +1,4 @@
-"""How far a fused result may lie from onnxruntime's: the one table, and the comparison."""
+"""How far a fused result may lie from onnxruntime's: the one table, and who is right beyond it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 from apollo_fuse.dtypes import DType
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+Doubles = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 # Relative to the value, and absolute in units of the largest magnitude that went into it.  Fused and
 # unfused kernels round at different places and sum in different orders; neither is nearer the truth.
+# Where they differ by more, `nearer` asks which is.
 RELATIVE = {
     DType.FLOAT64: 1e-10,
     DType.FLOAT32: 2e-4,
@@ -26,6 +28,11 @@ ABSOLUTE = {
 }
 # Allowed whatever the magnitude: onnxruntime's sigmoid and tanh are this near to saturation, no nearer.
 FLOOR = {DType.FLOAT64: 1e-14, DType.FLOAT32: 1e-6, DType.FLOAT16: 1e-4, DType.BFLOAT16: 1e-3}
+NEARER = 1.0
+"""A result that differs by more is right where its errors against doubles, the greatest and the root of their
+mean square, are at most this share of onnxruntime's."""
+FARTHEST = 10.0
+"""Tolerances from doubles beyond which a result is wrong, however far onnxruntime's is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +57,74 @@ def compare(name: str, expected: Array, found: Array, coarsest: DType | None = N
     if expected.shape != found.shape or expected.dtype != found.dtype:
         wanted, got = f"{expected.dtype}{list(expected.shape)}", f"{found.dtype}{list(found.shape)}"
         return Difference(np.inf, np.inf, f"{name} is {got}, expected {wanted}")
-    dtype = next((d for d in RELATIVE if d.numpy == expected.dtype), None)
+    dtype = _precision(expected, coarsest)
     if dtype is None:
         wrong = int(np.count_nonzero(expected != found))
         problem = f"{name} differs in {wrong} of {expected.size} elements" if wrong else ""
         return Difference(float(wrong > 0), float(wrong > 0), problem)
-    if coarsest is not None and RELATIVE[coarsest] > RELATIVE[dtype]:
-        dtype = coarsest
     a, b = expected.astype(np.float64), found.astype(np.float64)
     finite = np.isfinite(a)
-    same = np.array_equal(np.isnan(a), np.isnan(b)) and np.array_equal(a[np.isinf(a)], b[np.isinf(a)])
-    if not same or not np.isfinite(b[finite]).all():
+    if not _alike(a, b):
         where = int(np.count_nonzero(np.isfinite(a) != np.isfinite(b)))
         return Difference(np.inf, np.inf, f"{name} has NaN or infinity in other places ({where} elements)")
     a, b = a[finite], b[finite]
     if not a.size:
         return Difference(0.0, 0.0, "")
     error = np.abs(a - b)
-    scale = min(float(np.abs(a).max()), 1e30)
-    allowed = RELATIVE[dtype] * np.abs(a) + ABSOLUTE[dtype] * scale + FLOOR[dtype]
+    scale, allowed = _allowed(a, dtype)
     worst = int(np.argmax(error - allowed))
     relative = float((error / np.maximum(np.abs(a), scale * 1e-3 + FLOOR[dtype])).max())
     problem = ""
     if error[worst] > allowed[worst]:
         problem = f"{name} is {b[worst]:.9g} where {a[worst]:.9g} is expected"
     return Difference(float(error.max()), relative, problem)
+
+
+@dataclass(frozen=True, slots=True)
+class Nearer:
+    """`right` says whether a result that differs from onnxruntime's is the better one, and `evidence` why."""
+
+    right: bool
+    evidence: str
+
+
+def nearer(truth: Doubles, expected: Array, found: Array, coarsest: DType | None = None) -> Nearer:
+    """Whether `found` is nearer than onnxruntime's `expected` to what both would be in doubles, `truth`.
+
+    Of integers and booleans none is nearer; nor of floats that are not finite in the same places. For
+    `coarsest` see `compare`.
+    """
+    dtype = _precision(expected, coarsest)
+    if dtype is None:
+        return Nearer(False, "")
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    if truth.shape != a.shape or not (_alike(truth, a) and _alike(truth, b)):
+        return Nearer(False, "in doubles NaN or infinity is in other places")
+    finite = np.isfinite(truth)
+    _, allowed = _allowed(truth[finite], dtype)
+    theirs, ours = (np.abs(x[finite] - truth[finite]) / allowed for x in (a, b))
+    largest = float(ours.max()) <= min(NEARER * float(theirs.max()), FARTHEST)
+    typical = float(np.square(ours).mean()) <= NEARER**2 * float(np.square(theirs).mean())
+    evidence = f"off from doubles by {ours.max():.2g} tolerances, onnxruntime by {theirs.max():.2g}"
+    return Nearer(largest and typical, evidence)
+
+
+def _precision(expected: Array, coarsest: DType | None) -> DType | None:
+    """The type whose tolerances hold; None for integers and booleans."""
+    dtype = next((d for d in RELATIVE if d.numpy == expected.dtype), None)
+    if dtype is None or coarsest is None or RELATIVE[coarsest] <= RELATIVE[dtype]:
+        return dtype
+    return coarsest
+
+
+def _alike(a: Doubles, b: Doubles) -> bool:
+    """Whether NaN meets NaN, infinities their like, and numbers numbers."""
+    infinite = np.isinf(a)
+    same = np.array_equal(np.isnan(a), np.isnan(b)) and np.array_equal(a[infinite], b[infinite])
+    return same and bool(np.isfinite(b[np.isfinite(a)]).all())
+
+
+def _allowed(values: Doubles, dtype: DType) -> tuple[float, Doubles]:
+    """The largest magnitude of these numbers, and how far from each of them a result may be."""
+    scale = min(float(np.abs(values).max()), 1e30)
+    return scale, RELATIVE[dtype] * np.abs(values) + ABSOLUTE[dtype] * scale + FLOOR[dtype]

@@ -1,0 +1,175 @@
+"""Where a kernel and onnxruntime differ beyond tolerance, the same in doubles tells which is right."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from rich.console import Console
+
+from apollo_fuse import Options, fuse
+from apollo_fuse.doubles import NotInDoublesError, in_doubles
+from apollo_fuse.dtypes import DType
+from apollo_fuse.render import render_explanation
+from apollo_fuse.report import Report
+from apollo_fuse.tolerance import nearer
+from apollo_fuse.verify import Verdict, verify
+from models.writing import Graph
+from tests.fusing import reference_session
+
+COLUMNS = np.array([0], np.int64)
+Feeds = Mapping[str, np.ndarray]
+
+
+def model(body: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 20]> g {body}')
+
+
+def deviation(cancels: bool, off: float = 0.0) -> onnx.ModelProto:
+    """The deviations of columns: as the difference of two sums, or as the sum of squared distances."""
+    graph = Graph("deviation")
+    x = graph.input("x", [2048, 64])
+    mean = graph.op("ReduceMean", x, COLUMNS)
+    if cancels:
+        squared = graph.op("ReduceMean", graph.op("Mul", x, x), COLUMNS)
+        variance = graph.op("Sub", squared, graph.op("Mul", mean, mean))
+    else:
+        distance = graph.op("Sub", x, mean)
+        variance = graph.op("ReduceMean", graph.op("Mul", distance, distance), COLUMNS)
+    graph.output(graph.op("Add", graph.op("Sqrt", variance), off), "out", [1, 64])
+    return graph.model()
+
+
+def judged(original: onnx.ModelProto, other: onnx.ModelProto, feeds: Feeds) -> Verdict:
+    """The verdict on `other` as a kernel in the place of `original`."""
+    return verify(
+        reference_session(original),
+        reference_session(other),
+        [feeds],
+        in_doubles=lambda feeds: in_doubles(ir.from_proto(original), feeds),
+    )
+
+
+def columns(mean: float) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(0).normal(mean, 0.1, (2048, 64)).astype(np.float32)}
+
+
+def test_the_result_that_is_nearer_to_doubles_is_right() -> None:
+    exact, cancelling, feeds = deviation(False), deviation(True), columns(3.0)
+    plain = verify(reference_session(cancelling), reference_session(exact), [feeds])
+    assert not plain.passed and not plain.note
+    verdict = judged(cancelling, exact, feeds)
+    assert verdict.passed and "off from doubles by" in verdict.note
+    assert (verdict.max_abs_error, verdict.max_rel_error) == (plain.max_abs_error, plain.max_rel_error)
+
+
+def test_the_result_that_is_farther_from_doubles_is_wrong_and_both_errors_are_told() -> None:
+    verdict = judged(deviation(False), deviation(True), columns(3.0))
+    assert not verdict.passed and not verdict.note
+    assert "is expected (off from doubles by" in verdict.problem and "onnxruntime by" in verdict.problem
+
+
+@pytest.mark.parametrize("off", [1e-3, 0.1])
+def test_a_wrong_result_is_wrong_however_uncertain_onnxruntime_is(off: float) -> None:
+    """Not even onnxruntime's worst column excuses a constant that is added to all of them."""
+    verdict = judged(deviation(True), deviation(False, off), columns(3.0))
+    assert not verdict.passed
+
+
+def test_what_is_far_from_doubles_is_wrong_however_far_onnxruntime_is() -> None:
+    truth = np.ones(8)
+    ours = np.full(8, 1.01, np.float32)
+    found = nearer(truth, np.full(8, 2.0, np.float32), ours, DType.FLOAT32)
+    assert not found.right
+    assert found.evidence == "off from doubles by 45 tolerances, onnxruntime by 4.5e+03"
+
+
+def test_results_that_agree_are_not_computed_in_doubles() -> None:
+    def never(feeds: Feeds) -> list[np.ndarray]:
+        raise AssertionError("the results agree")
+
+    one, other = reference_session(deviation(False)), reference_session(deviation(False))
+    assert verify(one, other, [columns(0.0)], in_doubles=never).passed
+
+
+def test_an_integer_is_never_nearer() -> None:
+    down = model("(float[8] x) => (int64[8] y) { f = Floor(x) y = Cast<to = 7>(f) }")
+    up = model("(float[8] x) => (int64[8] y) { f = Ceil(x) y = Cast<to = 7>(f) }")
+    verdict = judged(down, up, {"x": np.full(8, 0.5, np.float32)})
+    assert verdict.problem == "y differs in 8 of 8 elements"
+
+
+def test_a_number_in_the_place_of_an_infinity_is_never_nearer() -> None:
+    """Nothing overflows in doubles, nor in the kernel: still it has to meet onnxruntime's infinity."""
+    overflowing = model("(float[4] x) => (float[4] y) { s = Mul(x, x) y = Sqrt(s) }")
+    verdict = judged(
+        overflowing, model("(float[4] x) => (float[4] y) { y = Abs(x) }"), {"x": np.full(4, 1e30, np.float32)}
+    )
+    assert "in doubles NaN or infinity is in other places" in verdict.problem
+
+
+def test_one_element_that_is_farther_than_any_of_onnxruntime_makes_all_wrong() -> None:
+    truth = np.ones(1000)
+    theirs, ours = np.full(1000, 1.001, np.float32), np.ones(1000, np.float32)
+    assert nearer(truth, theirs, ours, DType.FLOAT32).right
+    ours[7] = 1.002
+    assert not nearer(truth, theirs, ours, DType.FLOAT32).right
+
+
+def test_many_small_errors_are_not_excused_by_one_large_one() -> None:
+    truth = np.ones(1000)
+    theirs, ours = np.ones(1000, np.float32), np.full(1000, 1.001, np.float32)
+    theirs[7] = 1.002
+    assert not nearer(truth, theirs, ours, DType.FLOAT32).right
+
+
+def test_every_float_of_the_sub_graph_becomes_a_double() -> None:
+    x = np.random.default_rng(0).standard_normal(64).astype(np.float16)
+    body = """(float16[64] x) => (double[64] y) {
+      one = Constant <value = float[1] {1.0000001}> () wide = Cast <to = 1> (x) e = Erf(wide)
+      half = Cast <to = 10> (e) back = Cast <to = 1> (half) s = Mul(back, one) y = Cast <to = 11> (s)
+    }"""
+    (found,) = in_doubles(ir.from_proto(model(body)), {"x": x})
+    expected = [math.erf(value) * float(np.float32(1.0000001)) for value in x.astype(np.float64)]
+    np.testing.assert_allclose(found, expected, rtol=1e-15)
+
+
+def test_what_cannot_be_computed_in_doubles_is_said() -> None:
+    unknown = model("(float[4] x) => (float[4] y) { y = elsewhere.Mystery(x) }")
+    unknown.opset_import.append(onnx.helper.make_opsetid("elsewhere", 1))
+    with pytest.raises(NotInDoublesError, match="reference evaluator does not run it"):
+        in_doubles(ir.from_proto(unknown), {"x": np.ones(4, np.float32)})
+    with pytest.raises(NotInDoublesError, match="2 operators on 1000000000 elements"):
+        many = np.broadcast_to(np.float32(1), (10**9,))
+        in_doubles(
+            ir.from_proto(model("(float[N] x) => (float[N] y) { z = Abs(x) y = Neg(z) }")), {"x": many}
+        )
+
+
+def test_a_kernel_that_is_nearer_stays_with_a_note_where_the_model_agrees(tmp_path: Path) -> None:
+    """onnxruntime adds up the columns row by row; in what the model gives, that is not to be seen."""
+    graph = Graph("decided")
+    x = graph.op("Add", graph.op("Mul", graph.input("x", [2048, 64]), 0.1), 3.0)
+    mean = graph.op("ReduceMean", x, COLUMNS)
+    squared = graph.op("ReduceMean", graph.op("Mul", x, x), COLUMNS)
+    found = graph.op("Sqrt", graph.op("Sub", squared, graph.op("Mul", mean, mean)))
+    chosen = graph.op("MatMul", found, np.eye(64, dtype=np.float32))
+    graph.output(graph.op("Greater", chosen, 0.05), "out", [1, 64], onnx.TensorProto.BOOL)
+    onnx.save(graph.model(), tmp_path / "net.onnx")
+    options = Options(measure=False, fuse_all=True, strict=True, cache_dir=tmp_path / "cache", threads=1)
+    report = fuse(tmp_path / "net.onnx", options=options)
+    (kernel,) = (k for k in report.kernels if "ReduceMean" in k.ops)
+    assert kernel.accepted and "off from doubles by" in kernel.note
+    assert kernel.note in explained(report)
+
+
+def explained(report: Report) -> str:
+    text = io.StringIO()
+    render_explanation(report, Console(file=text, width=200))
+    return text.getvalue()
