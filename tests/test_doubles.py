@@ -105,13 +105,18 @@ def test_an_integer_is_never_nearer() -> None:
     assert verdict.problem == "y differs in 8 of 8 elements"
 
 
-def test_a_number_in_the_place_of_an_infinity_is_never_nearer() -> None:
-    """Nothing overflows in doubles, nor in the kernel: still it has to meet onnxruntime's infinity."""
+def test_a_number_in_the_place_of_an_infinity_is_wrong_whatever_doubles_say() -> None:
     overflowing = model("(float[4] x) => (float[4] y) { s = Mul(x, x) y = Sqrt(s) }")
-    verdict = judged(
-        overflowing, model("(float[4] x) => (float[4] y) { y = Abs(x) }"), {"x": np.full(4, 1e30, np.float32)}
-    )
-    assert "in doubles NaN or infinity is in other places" in verdict.problem
+    kernel = model("(float[4] x) => (float[4] y) { y = Abs(x) }")
+    verdict = judged(overflowing, kernel, {"x": np.full(4, 1e30, np.float32)})
+    assert verdict.problem == "y has NaN or infinity in other places (4 elements)"
+
+
+def test_numbers_where_doubles_have_none_are_wrong() -> None:
+    truth = np.array([1.0, np.nan])
+    theirs, ours = np.array([1.1, 0.0], np.float32), np.array([1.0, 0.0], np.float32)
+    assert not nearer(truth, theirs, ours, DType.FLOAT32).right
+    assert nearer(truth[:1], theirs[:1], ours[:1], DType.FLOAT32).right
 
 
 def test_one_element_that_is_farther_than_any_of_onnxruntime_makes_all_wrong() -> None:
