@@ -107,6 +107,7 @@ class _Run:
         )
         settings = onnx_io.beside_weights(session_options(self.threads), self.model)
         settings.log_severity_level = _FATAL
+        settings.add_session_config_entry("session.disable_prepacking", "1")  # it runs once
         return ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
     def _first_feeds(self, node: ir.Node, body: ir.Graph) -> dict[str, Captured]:

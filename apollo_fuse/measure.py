@@ -21,7 +21,8 @@ _READING = 400e-6
 """Seconds that one reading of such a run takes, about."""
 _MISSED = 1e-3
 """How often a bound of `ratio_bounds` is wrong."""
-_WARM_UP_RUNS = 2
+_WARM_UP_RUNS = 20
+"""At most, behind the two that it takes to bind outputs."""
 _WARM_UP_SHARE = 0.1
 _SEVERITY_ERROR = 3
 
@@ -181,11 +182,11 @@ def _bound(session: ort.InferenceSession, values: Mapping[str, ort.OrtValue]) ->
 def _warm_up(run: Callable[[], None], seconds: float) -> float:
     """Runs until the first-run costs are paid; the least seconds of a run."""
     end = perf_counter() + seconds
-    least = float("inf")
-    done = 0
-    while done < _WARM_UP_RUNS or (perf_counter() < end and done < 10 * _WARM_UP_RUNS):
+    least = _reading(run, 1)
+    for _ in range(_WARM_UP_RUNS - 1):
+        if perf_counter() >= end:
+            break
         least = min(least, _reading(run, 1))
-        done += 1
     return least
 
 
@@ -200,7 +201,6 @@ def _reading(run: Callable[[], None], repeats: int) -> float:
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
