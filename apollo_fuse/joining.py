@@ -111,7 +111,8 @@ class _Judge:
             verdict = failed(what_onnxruntime_says(error))
             return Judgement(verdict, None, None, f"does not load: {verdict.problem}", before, together)
         feeds = region.feeds(self.captures.arrays)
-        verdict = verify(region.unfused, region.fused, [feeds], coarsest([joined.micro_graph]))
+        precision = coarsest([joined.micro_graph])
+        verdict = verify(region.unfused, region.fused, [feeds], precision, region.in_doubles)
         if not verdict.passed:
             return Judgement(verdict, None, None, f"does not verify: {verdict.problem}", before, together)
         sessions = [region.apart, region.fused, region.unfused]
