@@ -9,7 +9,7 @@ from time import perf_counter
 
 import onnx_ir as ir
 
-from apollo_fuse.codegen import c
+from apollo_fuse.codegen import c, triton
 from apollo_fuse.graph import MicroGraph, Refused, Value
 from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.options import Options
@@ -89,7 +89,10 @@ class FuseMicroGraph:
         if f"{name}.c" not in self.dumps:
             forms = {"scop": text, "schedule": lowered.schedule, "kernel": lowered.kernel}
             self.dumps |= {f"{name}.{form}.txt": content for form, content in forms.items()}
-            self.dumps[f"{name}.c"] = c.emit(lowered.group, name, f"{name}: {' '.join(op_types)}")
+            comment = f"{name}: {' '.join(op_types)}"
+            self.dumps[f"{name}.c"] = c.emit(lowered.group, name, comment)
+            if self.options.dump is not None:
+                self.dumps[f"{name}.triton.py"] = _triton_text(triton.emit(lowered.group, name, comment))
         self.codegen_seconds += perf_counter() - start
         return Candidate(name, micro_graph, part, lowered.group, self.dumps[f"{name}.c"])
 
@@ -108,3 +111,9 @@ class FuseMicroGraph:
         fused = LoopFusion(self.options.isl_max_operations)(scop)
         self.isl_seconds += perf_counter() - start
         return fused
+
+
+def _triton_text(emitted: triton.Program | Refused) -> str:
+    if isinstance(emitted, Refused):
+        return f"# No Triton: {emitted.reason}: {emitted.evidence}\n"
+    return emitted.text

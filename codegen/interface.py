@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.graph import Shape, Value
-from apollo_fuse.index import Index, Indirect
+from apollo_fuse.index import ONE, Index, Indirect
 from apollo_fuse.kernel import Compute, Kernel, KernelGroup, walk
 from apollo_fuse.scop import Derived, Extent, tensor_size
 
@@ -93,38 +94,56 @@ def _expect(found: str, expected: str, text: str) -> list[str]:
     ]
 
 
-def _check(group: KernelGroup) -> str:
-    """Compares the least and the greatest index of each index tensor with the axis it points into.
+@dataclass(frozen=True, slots=True)
+class IndexCheck:
+    """The elements ``[start:size:step]`` of an input point into an axis of `extent` elements."""
+
+    input: int
+    start: int
+    step: Index
+    size: Index
+    extent: Index
+
+
+def index_checks(group: KernelGroup) -> tuple[IndexCheck, ...]:
+    """What has to hold of the index tensors before a kernel runs.
 
     Where a read always takes the same column of the tensor's last axis, that column alone is looked at.
     """
     places = {value.name: place for place, value in enumerate(group.inputs)}
-    indirect = sorted({a for k in group.kernels for a in _indirect_reads(k)}, key=str)
-    shapes = {value.name: value.shape for value in group.inputs}
-    axes = list(dict.fromkeys((a.tensor, _column(a, shapes[a.tensor]), a.extent) for a in indirect))
+    checks: dict[IndexCheck, None] = {}
+    for read in sorted({a for k in group.kernels for a in _indirect_reads(k)}, key=str):
+        place = places[read.tensor]
+        value = group.inputs[place]
+        column = _column(read, value.shape)
+        start, step = (0, ONE) if column is None else (column, value.shape[-1])
+        checks[IndexCheck(place, start, step, tensor_size(value), read.extent)] = None
+    return tuple(checks)
+
+
+def _check(group: KernelGroup) -> str:
+    """Compares the least and the greatest index of each index tensor with the axis it points into."""
+    checks = index_checks(group)
     lines = [
         "static int check(void *const *buffers, const int64_t *n, char *message, size_t message_size) {",
         *("  (void)buffers;", "  (void)n;", "  (void)message;", "  (void)message_size;"),
     ]
-    sizes = {name: tensor_size(group.inputs[places[name]]) for name, _, _ in axes}
-    lines += unpack(group, _names([*sizes.values(), *(extent for _, _, extent in axes)])).splitlines()
-    for tensor, column, extent in axes:
-        start, step = (0, "1") if column is None else (column, c.index(shapes[tensor][-1]))
-        place, end = places[tensor], c.index(extent)
-        kind = c.STORAGE[group.inputs[place].dtype]
+    lines += unpack(group, _names(i for check in checks for i in (check.size, check.extent))).splitlines()
+    for check in checks:
+        value, end = group.inputs[check.input], c.index(check.extent)
         lines += [
             "  {",
-            f"    const {kind} *{tensor} = buffers[{place}];",
+            f"    const {c.STORAGE[value.dtype]} *{value.name} = buffers[{check.input}];",
             "    int64_t least = 0, most = -1;",
             "#pragma omp simd reduction(min : least) reduction(max : most)",
-            f"    for (int64_t i = {start}; i < {c.index(sizes[tensor])}; i += {step}) {{",
-            f"      least = {tensor}[i] < least ? {tensor}[i] : least;",
-            f"      most = {tensor}[i] > most ? {tensor}[i] : most;",
+            f"    for (int64_t i = {check.start}; i < {c.index(check.size)}; i += {c.index(check.step)}) {{",
+            f"      least = {value.name}[i] < least ? {value.name}[i] : least;",
+            f"      most = {value.name}[i] > most ? {value.name}[i] : most;",
             "    }",
             f"    if (least < -({end}) || most >= {end}) {{",
             "      snprintf(message, message_size,",
             '               "input %d holds the index %lld, expected one from %lld to %lld",',
-            f"               {place}, (long long)(most >= {end} ? most : least), -(long long)({end}), "
+            f"               {check.input}, (long long)(most >= {end} ? most : least), -(long long)({end}), "
             f"(long long)({end}) - 1);",
             "      return 1;",
             "    }",

@@ -1,0 +1,156 @@
+"""Scalar operations whose Triton operators do not have the meaning ONNX gives them, for emitted kernels.
+
+What `apollo_fuse/runtime/scalar.h` is to kernels in C.  Maxima and minima pass a NaN on.  Integer division
+truncates, never traps (x / 0 is 0) and wraps.  Conversions from floating point to integers give what x86-64's
+instructions give, also outside of the target's range.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _multiply(a, b):
+    return a * b
+
+
+@triton.jit
+def greatest(x):
+    """The maximum of a block of floats; `tl.max` would pass over NaNs."""
+    return tl.reduce(x, 0, maximum)
+
+
+@triton.jit
+def least(x):
+    return tl.reduce(x, 0, minimum)
+
+
+@triton.jit
+def product(x):
+    return tl.reduce(x, 0, _multiply)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1; of floats a NaN stays one, and a zero keeps its sign."""
+    return tl.where(x > 0, 1, tl.where(x < 0, -1, x)).to(x.dtype)
+
+
+@triton.jit
+def unsigned_sign(x):
+    return tl.where(x > 0, 1, 0).to(x.dtype)
+
+
+@triton.jit
+def softplus(x):
+    return maximum(x, 0.0) + libdevice.log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def float_floor_mod(a, b):
+    rest = libdevice.fmod(a, b)
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+
+
+@triton.jit
+def divide(a, b):
+    """Signed integers.  The processor need not divide by 0, nor the least number by -1."""
+    safe = tl.where((b == 0) | (b == -1), 1, b).to(a.dtype)
+    return tl.where(b == 0, 0, tl.where(b == -1, 0 - a, a // safe)).to(a.dtype)
+
+
+@triton.jit
+def unsigned_divide(a, b):
+    return tl.where(b == 0, 0, a // tl.where(b == 0, 1, b).to(a.dtype)).to(a.dtype)
+
+
+@triton.jit
+def trunc_mod(a, b):
+    safe = tl.where((b == 0) | (b == -1), 1, b).to(a.dtype)
+    return tl.where(safe == b, a % safe, 0).to(a.dtype)
+
+
+@triton.jit
+def unsigned_mod(a, b):
+    return tl.where(b == 0, 0, a % tl.where(b == 0, 1, b).to(a.dtype)).to(a.dtype)
+
+
+@triton.jit
+def floor_mod(a, b):
+    rest = trunc_mod(a, b)
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest).to(a.dtype)
+
+
+@triton.jit
+def shift_left(a, b):
+    """A shift by the width or more, or by a negative number, leaves nothing."""
+    inside = (b >= 0) & (b < a.dtype.primitive_bitwidth)
+    return tl.where(inside, a << tl.where(inside, b, 0).to(a.dtype), 0).to(a.dtype)
+
+
+@triton.jit
+def shift_right(a, b):
+    """A shift by the width or more, or by a negative number, leaves nothing but the sign."""
+    inside = (b >= 0) & (b < a.dtype.primitive_bitwidth)
+    rest = tl.where(a < 0, -1, 0).to(a.dtype)
+    return tl.where(inside, a >> tl.where(inside, b, 0).to(a.dtype), rest).to(a.dtype)
+
+
+@triton.jit
+def unsigned_shift_right(a, b):
+    inside = b < a.dtype.primitive_bitwidth
+    return tl.where(inside, a >> tl.where(inside, b, 0).to(a.dtype), 0).to(a.dtype)
+
+
+@triton.jit
+def to_int32(x):
+    """The least number for a NaN, and for what lies outside of the range."""
+    inside = (x >= -2147483648.0) & (x < 2147483648.0)
+    return tl.where(inside, tl.where(inside, x, 0.0).to(tl.int32), -2147483648)
+
+
+@triton.jit
+def to_int64(x):
+    """The least number for a NaN, and for what lies outside of the range."""
+    inside = (x >= -9223372036854775808.0) & (x < 9223372036854775808.0)
+    return tl.where(inside, tl.where(inside, x, 0.0).to(tl.int64), -9223372036854775808)
+
+
+@triton.jit
+def to_uint64(x):
+    """Negative numbers wrap; the upper half of the range is converted from its lower end on."""
+    upper = x >= 9223372036854775808.0
+    half = to_int64(tl.where(upper, x - 9223372036854775808.0, x))
+    return tl.where(upper, half ^ -9223372036854775808, half).to(tl.uint64)
+
+
+@triton.jit
+def floor_divide(a, b):
+    """Of indices, of which one may be negative; Triton's own division truncates."""
+    return a // b - ((a % b != 0) & ((a < 0) != (b < 0))).to(tl.int32)
+
+
+@triton.jit
+def wrap(index, extent):
+    """An index that may count from the end of an axis."""
+    return tl.where(index < 0, index + extent, index)
+
+
+@triton.jit
+def check_indices(indices, wrong, start, step, size, extent, BLOCK: tl.constexpr):
+    """Sets `wrong` where one of `indices[start:size:step]` lies outside of an axis of `extent` elements."""
+    place = start + (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)) * step
+    index = tl.load(indices + place, mask=place < size, other=0).to(tl.int64)
+    bad = (place < size) & ((index < -extent) | (index >= extent))
+    tl.atomic_max(wrong, tl.max(bad.to(tl.int32), 0))

@@ -1,0 +1,167 @@
+"""Kernels as Triton: one module for each kernel group, written to be read.
+
+A work item becomes a program, and its lane loops blocks (see `blocks`).  A reduction over an axis that takes
+several blocks keeps an accumulator for each lane, and combines them behind the loop.  Where a program reads
+what its threads have left in memory, they wait for each other first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from apollo_fuse.codegen.interface import IndexCheck, index_checks
+from apollo_fuse.codegen.triton.blocks import BLOCK, local_values, warps_for, with_folds_in_lanes
+from apollo_fuse.codegen.triton.writer import NotEmitted, Writer, accesses
+from apollo_fuse.graph import Refused
+from apollo_fuse.index import ONE, Index, Iterator
+from apollo_fuse.kernel import Buffer, Kernel, KernelGroup, Scope, buffers_of, walk
+
+RULE = "codegen.triton"
+_LARGE = 1 << 31  # elements from which on 32 bits hold no offset
+_HEAD = '''"""{comment}"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from apollo_fuse.codegen.triton import device as af
+'''
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is started: as `items` programs, in the runs that take `form` of the group.
+
+    Its arguments are the addresses of `tensors` and of `scratch`, which has room for each program, then the
+    `extents` as 64-bit integers. `block` is the length of BLOCK, None where the kernel has none.
+    """
+
+    kernel: str
+    tensors: tuple[str, ...]
+    scratch: tuple[Buffer, ...]
+    extents: tuple[str, ...]
+    block: int | None
+    warps: int
+    items: Index
+    form: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A module's text, what has to hold of index tensors before anything runs, and the kernels in order."""
+
+    text: str
+    checks: tuple[IndexCheck, ...]
+    launches: tuple[Launch, ...]
+
+
+def emit(group: KernelGroup, name: str, comment: str) -> Program | Refused:
+    """The module for a group; `comment` says what it computes."""
+    checks = index_checks(group)
+    parts = [_HEAD.format(comment=comment) + "".join(_checked(group, check) for check in checks)]
+    launches: list[Launch] = []
+    for kernel in group.kernels:
+        try:
+            text, launch = _kernel(group, kernel)
+        except NotEmitted as problem:
+            return Refused((name,), RULE, problem.args[0], problem.args[1])
+        parts.append(text)
+        launches.append(launch)
+    return Program("\n\n".join(parts), checks, tuple(launches))
+
+
+def _checked(group: KernelGroup, check: IndexCheck) -> str:
+    tensor = f"{group.inputs[check.input].name}[{check.start}:{check.size}:{check.step}]"
+    return (
+        f"\n# {tensor} points into an axis of {check.extent} elements, as af.check_indices has seen before.\n"
+    )
+
+
+def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
+    kernel = with_folds_in_lanes(kernel)
+    known = kernel.items.constant
+    if known is not None and known >= _LARGE:
+        raise NotEmitted("more programs than a grid has", f"{known} work items in {kernel.name}")
+    values = local_values(kernel)
+    elsewhere = [b for b in kernel.buffers if b.scope is not Scope.GLOBAL and b.name not in values]
+    scratch = tuple(b for b in elsewhere if _owner(kernel, b, values) == b.name)
+    writer = Writer(kernel, values, _is_wide(kernel, scratch))
+    program = _grid(writer, kernel.grid)
+    for buffer in scratch:
+        writer.places[buffer.name] = f"{buffer.name}_own"
+        writer.line(f"{buffer.name}_own = {buffer.name} + {program} * {writer.factor(buffer.size)}")
+    for buffer in elsewhere:
+        owner = _owner(kernel, buffer, values)
+        if owner != buffer.name:
+            writer.places[buffer.name] = f"{buffer.name}_own"
+            writer.line(f"{buffer.name}_own = {owner} + {writer.index(buffer.base)}")
+        writer.memory[buffer.name] = owner
+    writer.memory |= {b.name: b.name for b in kernel.buffers if b.scope is Scope.GLOBAL}
+    writer.shared = _shared(kernel, writer.memory)
+    writer.steps(kernel.body)
+    used = buffers_of(kernel.body) | set(writer.memory.values()) - {b.name for b in scratch}
+    every = (*group.inputs, *group.outputs, *group.temporaries)
+    tensors = tuple(v.name for v in every if v.name in used and v.name in writer.memory)
+    extents = tuple(e.symbol.name for e in group.extents if e.symbol.name in writer.extents)
+    block = BLOCK if any("BLOCK" in line for line in writer.lines) else None
+    launch = Launch(
+        kernel.name, tensors, scratch, extents, block, warps_for(kernel), kernel.items, kernel.form
+    )
+    constants = () if block is None else ("BLOCK: tl.constexpr",)
+    parameters = ", ".join((*tensors, *(b.name for b in scratch), *extents, *constants))
+    head = f"@triton.jit\ndef {kernel.name}({parameters}):\n"
+    lines = [f'    """{_taken(group, kernel)}"""', *writer.lines]
+    return head + "\n".join(lines) + "\n", launch
+
+
+def _taken(group: KernelGroup, kernel: Kernel) -> str:
+    """How many programs there are, and in which runs."""
+    conditions = [f"not {condition}" for condition in group.forms[: kernel.form]]
+    conditions += [str(condition) for condition in group.forms[kernel.form : kernel.form + 1]]
+    where = f", where {' and '.join(conditions)}" if conditions else ""
+    return f"Programs: {kernel.items}{where}."
+
+
+def _shared(kernel: Kernel, memory: Mapping[str, str]) -> frozenset[str]:
+    """The memory that some steps read and some write."""
+    read: set[str] = set()
+    written: set[str] = set()
+    for step in walk(kernel.body):
+        sources, targets = accesses(step)
+        read |= {memory[source.buffer] for source in sources if source.buffer in memory}
+        written |= {memory[name] for name in targets if name in memory}
+    return frozenset(read & written)
+
+
+def _owner(kernel: Kernel, buffer: Buffer, values: frozenset[str]) -> str:
+    """The tensor or scratch that the buffer lies in."""
+    if buffer.host is None or buffer.host in values:
+        return buffer.name
+    host = kernel.buffer(buffer.host)
+    return host.name if host.scope is Scope.GLOBAL else _owner(kernel, host, values)
+
+
+def _is_wide(kernel: Kernel, scratch: Sequence[Buffer]) -> bool:
+    """Whether some offset may not fit into 32 bits."""
+    sizes = [b.size for b in kernel.buffers if b.scope is Scope.GLOBAL]
+    sizes += [kernel.items, *(kernel.items * b.size for b in scratch)]
+    return any(size.constant is None or size.constant >= _LARGE for size in sizes)
+
+
+def _grid(writer: Writer, grid: tuple[Iterator, ...]) -> str:
+    """The axes of a program, the last one running fastest; gives the name of its number."""
+    own = "tl.program_id(0)" + (".to(tl.int64)" if writer.wide else "")
+    if len(grid) == 1:
+        writer.line(f"{grid[0].name} = {own}")
+        return grid[0].name
+    if grid:
+        writer.line(f"program = {own}")
+    inner = ONE
+    for place in range(len(grid) - 1, -1, -1):
+        axis = grid[place]
+        quotient = "program" if inner.is_one else f"program // {writer.factor(inner)}"
+        rest = "" if place == 0 else f" % {writer.factor(axis.extent)}"
+        writer.line(f"{axis.name} = {quotient}{rest}")
+        inner = inner * axis.extent
+    return "program" if grid else "0"

@@ -1,0 +1,412 @@
+"""Writes the steps of a kernel as statements of Triton, for one program of the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from apollo_fuse.codegen.triton import expressions as t
+from apollo_fuse.codegen.triton.blocks import block_of
+from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
+from apollo_fuse.index import Index, Indirect, Iterator
+from apollo_fuse.kernel import (
+    Compute,
+    Copy,
+    Initialise,
+    Kernel,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    Target,
+    walk,
+)
+
+
+class NotEmitted(Exception):
+    """Its arguments are the reason and the evidence."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """The block that statements compute; `inside` names which lanes are on the axis, if not all are."""
+
+    iterator: Iterator
+    block: str
+    inside: str | None
+
+
+@dataclass(slots=True)
+class Writer:
+    """`values` are the local buffers that are values of the program; `wide` offsets take 64 bits.
+
+    places: what the elements of the other buffers are offset from. memory: where these and the tensors lie,
+    by name. shared: the memory that the kernel both reads and writes.
+    """
+
+    kernel: Kernel
+    values: frozenset[str]
+    wide: bool
+    places: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, str] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
+    lines: list[str] = field(default_factory=list)
+    depth: int = 1
+    extents: set[str] = field(default_factory=set)  # those that the text mentions
+    _lane: _Lane | None = None
+    _reads: int = 0  # of index tensors
+    _known: dict[Index | Indirect | Target, str] = field(default_factory=dict)  # what has a name in scope
+    _varying: set[str] = field(default_factory=set)  # values that are blocks
+    _partial: dict[str, str] = field(default_factory=dict)  # accumulators of which each lane has one
+    _used: dict[str, int] = field(default_factory=dict)  # how often the name of a statement was taken
+    _written: set[str] = field(default_factory=set)  # memory, since the last barrier
+    _read: set[str] = field(default_factory=set)
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.depth + text)
+
+    def index(self, value: Index) -> str:
+        """The index as text, behind lines that read what it needs of index tensors."""
+        self.extents |= {symbol.name for symbol in value.symbols()}
+        for atom in sorted((a for a in value.atoms() if isinstance(a, Indirect)), key=str):
+            self._read_index(atom)
+        return t.index(value, self._indirect())
+
+    def factor(self, value: Index) -> str:
+        """The index as text that something can be multiplied with."""
+        self.index(value)
+        return t.factor(value, self._indirect())
+
+    def _indirect(self) -> dict[Indirect, str]:
+        return {atom: name for atom, name in self._known.items() if isinstance(atom, Indirect)}
+
+    def _read_index(self, atom: Indirect) -> None:
+        if atom in self._known:
+            return
+        place = self.index(atom.indices[0])
+        self._reads += 1
+        name = f"{atom.tensor}_{self._reads}"
+        mask = self._mask(atom.indices[0])
+        default = ", other=0" if mask else ""
+        kind = "tl.int64" if self.wide else "tl.int32"
+        read = f"tl.load({atom.tensor} + {place}{mask}{default}).to({kind})"
+        self.line(f"{name} = af.wrap({read}, {self.index(atom.extent)})")
+        self._known[atom] = name
+
+    # -- loops ------------------------------------------------------------------------------
+
+    def steps(self, steps: tuple[Step, ...]) -> None:
+        for step in steps:
+            match step:
+                case Loop():
+                    self._loop(step)
+                case Initialise(target, op):
+                    self._wait_for(step)
+                    self._initialise(target, op)
+                case Copy(source, target):
+                    self._wait_for(step)
+                    self._write(target, self._element(source), self._varies(source.offset))
+                case Compute():
+                    self._wait_for(step)
+                    self._compute(step)
+
+    def _loop(self, loop: Loop) -> None:
+        name, extent = loop.iterator.name, loop.iterator.extent
+        if loop.kind is LoopKind.LANE:
+            self._wait_before(loop)
+            self._lanes(loop)
+            return
+        if loop.kind is LoopKind.UNROLLED:
+            self.line(f"for {name} in tl.static_range({extent.constant}):")
+            with self._scope():
+                self.steps(loop.body)
+            return
+        self._foresee(loop)
+        folded = self._begin_folding(loop)
+        end = self._least([extent] if loop.limit is None else [extent, loop.limit])
+        cast = self.wide and extent.constant is not None and loop.limit is None
+        self.line(f"for {name}{'_turn' if cast else ''} in range(0, {end}):")
+        with self._scope():
+            if cast:
+                self.line(f"{name} = tl.cast({name}_turn, tl.int64)")
+            self.steps(loop.body)
+        self._end_folding(folded)
+
+    def _lanes(self, loop: Loop) -> None:
+        """The loop as one block, or as several."""
+        name, extent = loop.iterator.name, loop.iterator.extent
+        ends = [extent] if loop.limit is None else [extent, loop.limit]
+        whole = block_of(loop)
+        if whole is None:
+            folded = self._begin_folding(loop)
+            end = self._least(ends)
+            self.line(f"for {name}_start in range(0, {end}, BLOCK):")
+            with self._scope():
+                self.line(f"{name} = {name}_start + tl.arange(0, BLOCK)")
+                self.line(f"{name}_inside = {name} < {end}")
+                self._in_lane(_Lane(loop.iterator, "BLOCK", f"{name}_inside"), loop)
+            self._end_folding(folded)
+            return
+        ends = [end for end in ends if end.constant != whole]
+        inside = f"{name}_inside" if ends else None
+        if Index.of(loop.iterator) not in self._known:
+            self._known[Index.of(loop.iterator)] = name
+            cast = ".to(tl.int64)" if self.wide else ""
+            self.line(f"{name} = tl.arange(0, {whole}){cast}")
+            if inside is not None:
+                self.line(f"{inside} = {name} < {self._least(ends)}")
+        self._in_lane(_Lane(loop.iterator, str(whole), inside), loop)
+
+    def _least(self, ends: list[Index]) -> str:
+        texts = ", ".join(self.index(end) for end in ends)
+        return texts if len(ends) == 1 else f"tl.minimum({texts})"
+
+    def _in_lane(self, lane: _Lane, loop: Loop) -> None:
+        if self._lane is not None:
+            raise NotEmitted("a lane loop lies in another", f"{loop.iterator} in {self._lane.iterator}")
+        self._lane = lane
+        known = dict(self._known)
+        self.steps(loop.body)
+        self._known = known
+        self._lane = None
+
+    @contextmanager
+    def _scope(self) -> Generator[None]:
+        """The body of a loop: what is named there is not known behind it."""
+        known = dict(self._known)
+        self.depth += 1
+        yield
+        self.depth -= 1
+        self._known = known
+
+    # -- reductions -------------------------------------------------------------------------
+
+    def _begin_folding(self, loop: Loop) -> list[tuple[str, Op]]:
+        """Starts an accumulator for each lane, where the whole loop does nothing but fold blocks into one."""
+        folded: list[tuple[str, Op]] = []
+        for name, (op, block) in _folded(loop).items():
+            if name in self.values and self.kernel.buffer(name).size.is_one and name not in self._partial:
+                dtype = self.kernel.buffer(name).dtype
+                self._partial[name] = f"{name}_lanes"
+                start = t.identity(op, dtype)
+                self.line(f"{name}_lanes = tl.full(({block},), {start}, {t.compute_type(dtype)})")
+                folded.append((name, op))
+        return folded
+
+    def _end_folding(self, folded: list[tuple[str, Op]]) -> None:
+        for name, op in folded:
+            dtype = self.kernel.buffer(name).dtype.compute
+            self.line(f"{name} = {t.combine(op, dtype, name, t.reduce(op, dtype, self._partial.pop(name)))}")
+
+    def _fold(self, target: Target, op: Op, value: str, varies: bool) -> None:
+        """Combines a value with an accumulator, of which each lane may have its own."""
+        name, dtype = target.buffer, self.kernel.buffer(target.buffer).dtype.compute
+        lane, own = self._lane, name in self._varying if name in self.values else self._varies(target.offset)
+        if lane is not None and not own:
+            if lane.inside is not None:
+                value = f"tl.where({lane.inside}, {value}, {t.identity(op, dtype)})"
+            elif not varies:
+                value = f"tl.broadcast_to({value}, [{lane.block}])"
+            if name in self._partial:
+                partial = self._partial[name]
+                self.line(f"{partial} = {t.combine(op, dtype, partial, value)}")
+                return
+            value = t.reduce(op, dtype, value)
+        self._write(target, t.combine(op, dtype, self._element(target), value), own)
+
+    # -- statements -------------------------------------------------------------------------
+
+    def _initialise(self, target: Target, op: Op) -> None:
+        dtype = self.kernel.buffer(target.buffer).dtype
+        shape = "()" if self._lane is None or target.offset.is_zero else f"({self._lane.block},)"
+        start = f"tl.full({shape}, {t.identity(op, dtype)}, {t.compute_type(dtype)})"
+        self._write(target, start, shape != "()")
+
+    def _compute(self, step: Compute) -> None:
+        count = self._used[step.statement] = self._used.get(step.statement, 0) + 1
+        prefix = step.statement.lower() + (f"_{count}" if count > 1 else "")
+        operator = "" if step.combine is None else step.combine.value
+        places = ", ".join(f"{target.buffer}[{target.offset}]" for target in step.targets)
+        self.line(f"# {step.statement}: {places} {operator}=")
+        block = step.block
+        texts: list[str] = []
+        varying: list[bool] = []
+        for place, item in enumerate(block.instructions):
+            text, varies = self._instruction(block, item, texts, varying)
+            last = place == len(block.instructions) - 1
+            if not last and not isinstance(item, Constant) and not text.isidentifier():
+                self.line(f"{prefix}_{place} = {text}")
+                text = f"{prefix}_{place}"
+            texts.append(text)
+            varying.append(varies)
+        last_item = block.instructions[-1]
+        result = t.typed(last_item) if isinstance(last_item, Constant) else texts[-1]
+        if step.combine is not None:
+            (target,) = step.targets
+            named = result.isidentifier()
+            if not named:
+                self.line(f"{prefix} = {result}")
+            self._fold(target, step.combine, result if named else prefix, varying[-1])
+            return
+        again = len(step.targets) > 1 or self._is_kept(step.targets[0])
+        if again and not result.isidentifier():
+            self.line(f"{prefix} = {result}")
+            result = prefix
+        for target in step.targets:
+            self._write(target, result, varying[-1])
+
+    def _instruction(
+        self, block: Block, item: Instruction, texts: list[str], varying: list[bool]
+    ) -> tuple[str, bool]:
+        """The text of an instruction, and whether it gives a block rather than a single value."""
+        match item:
+            case Constant():
+                return t.literal(item), False
+            case Position(index, dtype):
+                return f"tl.cast({self.index(index)}, {t.compute_type(dtype)})", self._varies(index)
+            case Load(tensor, indices, _):
+                varies = tensor in self._varying if tensor in self.values else self._varies(indices[0])
+                return self._element(Target(tensor, indices[0])), varies
+            case Apply(op, operands, dtype):
+                items = [block.instructions[o] for o in operands]
+                constants = tuple(i if isinstance(i, Constant) else None for i in items)
+                names = tuple(texts[o] for o in operands)
+                if op is Op.CAST:
+                    value = names[0] if constants[0] is None else t.typed(constants[0])
+                    return t.cast(value, items[0].dtype, dtype), varying[operands[0]]
+                text = t.apply(op, names, constants, items[-1].dtype)
+                return text, any(varying[o] for o in operands)
+
+    # -- memory -----------------------------------------------------------------------------
+
+    def _varies(self, index: Index) -> bool:
+        return self._lane is not None and self._lane.iterator in index.iterators()
+
+    def _mask(self, index: Index) -> str:
+        if self._lane is None or self._lane.inside is None or not self._varies(index):
+            return ""
+        return f", mask={self._lane.inside}"
+
+    def _place(self, target: Target) -> str:
+        name, offset = self.places.get(target.buffer, target.buffer), self.index(target.offset)
+        if offset == "0":
+            return name
+        return f"{name} - {offset[1:]}" if offset.startswith("-") else f"{name} + {offset}"
+
+    def _element(self, target: Target) -> str:
+        if target.buffer in self.values:
+            return target.buffer
+        if target in self._known:
+            return self._known[target]
+        buffer = self.kernel.buffer(target.buffer)
+        place = self._place(target)
+        return t.load(buffer.dtype, f"tl.load({place}{self._mask(target.offset)})")
+
+    def _write(self, target: Target, value: str, varies: bool) -> None:
+        """Stores convert to the type of the memory, as halves are, and truth values to bytes."""
+        if target.buffer in self.values:
+            if not varies and not target.offset.is_zero:
+                assert self._lane is not None, "a block is written by lanes"
+                value, varies = f"tl.broadcast_to({value}, [{self._lane.block}])", True
+            if varies:
+                self._varying.add(target.buffer)
+            if value != target.buffer:
+                self.line(f"{target.buffer} = {value}")
+            return
+        if varies and not self._varies(target.offset):
+            raise NotEmitted("the lanes of a block write one element", f"{target.buffer}[{target.offset}]")
+        place = self._place(target)
+        self.line(f"tl.store({place}, {value}{self._mask(target.offset)})")
+        self._forget(target.buffer)
+        if varies and self._is_kept(target):
+            self._known[target] = value  # what a lane reads back need not come from memory
+
+    def _is_kept(self, target: Target) -> bool:
+        """Whether the target is what a kernel keeps for itself, in memory."""
+        local = self.kernel.buffer(target.buffer).scope is not Scope.GLOBAL
+        return local and target.buffer not in self.values
+
+    def _forget(self, buffer: str) -> None:
+        for place in [x for x in self._known if isinstance(x, Target) and x.buffer == buffer]:
+            del self._known[place]
+
+    # -- barriers ---------------------------------------------------------------------------
+
+    def _wait_for(self, step: Compute | Copy | Initialise) -> None:
+        """A barrier where the step touches memory that threads of the program did since the last one."""
+        read, written = self._touched(step)
+        self._wait(read, written)
+        self._read |= read
+        self._written |= written
+
+    def _wait_before(self, loop: Loop) -> None:
+        """Lanes do not wait for each other, so that one barrier before a loop of them is enough."""
+        steps = [self._touched(step) for step in walk(loop.body) if not isinstance(step, Loop)]
+        self._wait(set().union(*(read for read, _ in steps)), set().union(*(written for _, written in steps)))
+
+    def _wait(self, read: set[str], written: set[str]) -> None:
+        if (read | written) & self._written or written & self._read:
+            self.line("tl.debug_barrier()")
+            self._written, self._read = set(), set()
+
+    def _foresee(self, loop: Loop) -> None:
+        """The turns of a loop follow each other: what one touches was touched by the one before."""
+        for step in walk(loop.body):
+            if not isinstance(step, Loop):
+                read, written = self._touched(step)
+                self._read |= read
+                self._written |= written
+
+    def _touched(self, step: Compute | Copy | Initialise) -> tuple[set[str], set[str]]:
+        """The memory that the step reads and that it writes, of what the kernel does both to."""
+        read, written = accesses(step)
+        places = {target.buffer for target in read if target not in self._known}
+        return self._shared(places), self._shared(written)
+
+    def _shared(self, buffers: set[str]) -> set[str]:
+        return {self.memory[name] for name in buffers if name in self.memory} & self.shared
+
+
+def accesses(step: Step) -> tuple[set[Target], set[str]]:
+    """The elements that a step reads, and the buffers that it writes."""
+    match step:
+        case Compute(_, block, targets, combine):
+            read = {Target(load.tensor, load.indices[0]) for load in block.loads}
+            return read | set(targets if combine is not None else ()), {x.buffer for x in targets}
+        case Copy(source, target):
+            return {source}, {target.buffer}
+        case Initialise(target, _):
+            return set(), {target.buffer}
+        case Loop():
+            return set(), set()
+
+
+def _folded(loop: Loop) -> dict[str, tuple[Op, str]]:
+    """The accumulators into which the loop folds blocks of one length, and does nothing else with them."""
+    folds: dict[str, set[tuple[Op, str] | None]] = {}
+
+    def visit(steps: tuple[Step, ...], block: str | None) -> None:
+        for step in steps:
+            match step:
+                case Loop():
+                    lanes = step.kind is LoopKind.LANE
+                    visit(step.body, str(block_of(step) or "BLOCK") if lanes else block)
+                case Compute(_, expression, targets, combine):
+                    for load in expression.loads:
+                        folds.setdefault(load.tensor, set()).add(None)
+                    for target in targets:
+                        fold = None if combine is None or block is None else (combine, block)
+                        folds.setdefault(target.buffer, set()).add(fold)
+                case Copy(source, target):
+                    folds.setdefault(source.buffer, set()).add(None)
+                    folds.setdefault(target.buffer, set()).add(None)
+                case Initialise(target, _):
+                    folds.setdefault(target.buffer, set()).add(None)
+
+    visit((loop,), None)
+    found: dict[str, tuple[Op, str]] = {}
+    for name, kinds in folds.items():
+        if len(kinds) == 1 and (kind := next(iter(kinds))) is not None:
+            found[name] = kind
+    return found

@@ -1,0 +1,222 @@
+"""Kernels in Triton compute what onnxruntime computes, as far as Triton's interpreter tells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from hypothesis import given, note, settings
+
+from apollo_fuse.acceptance import needed_values
+from apollo_fuse.capture import capture
+from apollo_fuse.codegen.triton import Program, emit
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Apply, Block, Constant, Load, Op
+from apollo_fuse.graph import Refused, Value
+from apollo_fuse.index import Index
+from apollo_fuse.index import Iterator as Axis
+from apollo_fuse.kernel import Buffer, Compute, Kernel, KernelGroup, Loop, LoopKind, Scope, Target
+from apollo_fuse.tolerance import compare
+from apollo_fuse.verify import coarsest
+from models import BUILDERS, chains, memory_bound
+from tests.interpreted import candidates_of, emitted, interpreted
+from tests.interpreter import Interpreter, WrongIndex
+from tests.properties.graphs import RandomModel, models
+from tests.test_models import small, small_feeds
+
+Array = np.ndarray
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+def text_model(text: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> {text}')
+
+
+def normal(*shape: int) -> Array:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def check_kernels(
+    interpreter: Interpreter,
+    model: onnx.ModelProto,
+    feeds: Mapping[str, Array],
+    folder: Path,
+    block: int | None = None,
+) -> int:
+    """Each distinct kernel of the model, on the values that it meets in a run; gives their number."""
+    clean, candidates = candidates_of(model, folder)
+    distinct = list({x.variant: x for x in candidates}.values())
+    made = [value.name or "" for x in distinct for value in x.part.outputs]
+    arrays = capture(clean, [*needed_values(distinct), *made], feeds, 2).arrays
+    for candidate in distinct:
+        inputs = [
+            value.const_value.numpy() if value.const_value is not None else arrays[value.name or ""]
+            for value in candidate.part.inputs
+        ]
+        found = interpreter.run(emitted(candidate), candidate.group, inputs, block)
+        for value, array in zip(candidate.part.outputs, found, strict=True):
+            precision = coarsest([candidate.micro_graph])
+            name = f"{candidate.name} {value.name}"
+            assert not compare(name, arrays[value.name or ""], array, precision).problem
+    return len(distinct)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_kernels_of_a_builder_agree(name: str, interpreter: Interpreter, tmp_path: Path) -> None:
+    model = small(name)
+    assert check_kernels(interpreter, model, small_feeds(name, model), tmp_path, block=4)
+
+
+@pytest.mark.parametrize("columns", [16_384, 20_000])
+def test_rows_up_to_the_longest_block_and_beyond(
+    columns: int, interpreter: Interpreter, tmp_path: Path
+) -> None:
+    model = memory_bound.layernorm(3, columns)
+    assert check_kernels(interpreter, model, {"x": normal(3, columns)}, tmp_path)
+
+
+def test_a_row_in_parts_is_combined_from_partial_accumulators(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    model = memory_bound.softmax(1, 500_000)
+    _, (candidate,) = candidates_of(model, tmp_path)
+    assert any("_parts" in name for launch in emitted(candidate).launches for name in launch.tensors)
+    assert check_kernels(interpreter, model, {"x": 4 * normal(1, 500_000)}, tmp_path, block=16_384)
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_the_length_of_a_run_picks_the_form(rows: int, interpreter: Interpreter, tmp_path: Path) -> None:
+    model = chains.cross_entropy("rows", 1000)
+    feeds = {
+        value.name: normal(rows, 1000) if value.type.tensor_type.elem_type == 1 else np.arange(rows) * 3
+        for value in model.graph.input
+    }
+    assert check_kernels(interpreter, model, feeds, tmp_path)
+
+
+def test_what_a_row_keeps_in_memory_is_read_behind_a_barrier(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    model = chains.masked_softmax("batch", 2, "queries", "keys")
+    _, (candidate,) = candidates_of(model, tmp_path)
+    stores, loads = (emitted(candidate).text.index(f"tl.{call}(t1_own") for call in ("store", "load"))
+    assert stores < emitted(candidate).text.index("tl.debug_barrier()") < loads
+    shapes = {"mask": (2, 1, 1, 11), "scores": (2, 2, 5, 11)}
+    feeds = {value.name: normal(*shapes.get(value.name, ())) for value in model.graph.input}
+    assert check_kernels(interpreter, model, feeds, tmp_path, block=4)
+
+
+@settings(max_examples=15)
+@given(models())
+def test_a_random_graph_computes_what_it_did(interpreter: Interpreter, model: RandomModel) -> None:
+    check_random(interpreter, model)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(models(most_nodes=25))
+def test_many_larger_random_graphs_compute_what_they_did(
+    interpreter: Interpreter, model: RandomModel
+) -> None:
+    check_random(interpreter, model)
+
+
+def check_random(interpreter: Interpreter, model: RandomModel) -> None:
+    note(str(model))
+    feeds = {name: normal(*shape) for name, shape in model.shapes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        check_kernels(interpreter, model.proto, feeds, Path(folder), block=4)
+
+
+def test_an_index_outside_of_its_axis_is_an_error(interpreter: Interpreter, tmp_path: Path) -> None:
+    model = text_model("g (float[5, 3] x, int64[n] i) => (float[n, 3] z) { y = Gather(x, i) z = Relu(y) }")
+    kernels = interpreted(model, tmp_path, interpreter)
+    x = normal(5, 3)
+    expected, found = kernels.run({"x": x, "i": np.array([0, -5, 4, -1])})["z"]
+    np.testing.assert_array_equal(found, expected)
+    for wrong in (5, -6):
+        with pytest.raises(WrongIndex):
+            kernels.fused.run(None, {"x": x, "i": np.array([0, wrong])})
+
+
+def elementwise(size: Index, dtype: DType, op: Op, tile: int = 64) -> KernelGroup:
+    """``out0[i] = in0[i] op 3``, over tiles."""
+    block, lane = Axis("g0_block", (size + (tile - 1)) // tile), Axis("g0", Index.of(tile))
+    offset = Index.of(block) * tile + Index.of(lane)
+    expression = Block((Load("in0", (offset,), dtype), Constant(3, dtype), Apply(op, (0, 1), dtype)))
+    body = Compute("S0", expression, (Target("out0", offset),))
+    limit = size - Index.of(block) * tile
+    buffers = tuple(Buffer(name, dtype, size, Scope.GLOBAL) for name in ("in0", "out0"))
+    kernel = Kernel("k0", buffers, (block,), (Loop(lane, LoopKind.LANE, (body,), limit),))
+    return KernelGroup((Value("in0", dtype, (size,)),), (Value("out0", dtype, (size,)),), (), (), (kernel,))
+
+
+def program_of(group: KernelGroup) -> Program:
+    program = emit(group, "op", "a kernel by hand")
+    assert isinstance(program, Program)
+    return program
+
+
+def test_bfloat16_is_computed_in_single_precision(interpreter: Interpreter) -> None:
+    group = elementwise(Index.of(100), DType.BFLOAT16, Op.DIV)
+    x = (normal(100) * 100).astype(ml_dtypes.bfloat16)
+    (found,) = interpreter.run(program_of(group), group, [x])
+    expected = (x.astype(np.float32) / 3).astype(ml_dtypes.bfloat16)
+    assert not compare("y", expected, found).problem
+    assert "tl.div_rn" in program_of(group).text and ".to(tl.float32)" in program_of(group).text
+
+
+@pytest.mark.parametrize(("elements", "wide"), [(2**31 - 1, False), (2**31, True)])
+def test_offsets_take_64_bits_where_a_tensor_needs_them(elements: int, wide: bool) -> None:
+    text = program_of(elementwise(Index.of(elements), DType.FLOAT32, Op.ADD)).text
+    assert ("tl.program_id(0).to(tl.int64)" in text) == wide
+
+
+def test_more_programs_than_a_grid_has_are_refused() -> None:
+    refused = emit(elementwise(Index.of(2**38), DType.UINT8, Op.ADD), "op", "a kernel by hand")
+    assert isinstance(refused, Refused)
+    assert refused.reason == "more programs than a grid has" and str(2**32) in refused.evidence
+
+
+def test_no_name_of_the_model_reaches_the_text(tmp_path: Path) -> None:
+    model = text_model("g (float[n, 3] x) => (float[n, 3] z) { y = Relu(x) z = Neg(y) }")
+    name = '"""\nimport os\n'
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name + given for given in names]
+        node.name = name + node.op_type
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = name + value.name
+    _, (candidate,) = candidates_of(model, tmp_path)
+    assert "import os" not in emitted(candidate).text
+
+
+def test_kernels_are_dumped_where_triton_is_not_installed(tmp_path: Path, cache: Path) -> None:
+    onnx.save(memory_bound.mish(8, 48), tmp_path / "net.onnx")
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from pathlib import Path\n"
+        "from apollo_fuse import Options, fuse\n"
+        "options = Options(dump=Path('dump'), fuse_all=True, measure=False, cache_dir=Path(sys.argv[1]))\n"
+        "fuse('net.onnx', options=options)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program, str(cache)], cwd=tmp_path, env=environment, check=True)
+    (written,) = (tmp_path / "dump").glob("*.triton.py")
+    assert "@triton.jit" in written.read_text()

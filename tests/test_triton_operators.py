@@ -1,0 +1,68 @@
+"""Every operator's tests once more, with kernels in Triton, which Triton's interpreter runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests import test_operators
+from tests.interpreted import Interpreted, interpreted
+from tests.interpreter import Interpreter
+from tests.test_operators import (  # noqa: F401  collected here again
+    Table,
+    test_cast_chains,
+    test_cast_from,
+    test_division_and_both_remainders_of_integers,
+    test_division_that_integers_cannot_do_does_not_end_the_process,
+    test_elements_chosen_by_indices,
+    test_functions_of_one_float,
+    test_functions_of_one_integer,
+    test_functions_of_two_floats,
+    test_functions_of_two_integers,
+    test_logic,
+    test_maxima_pass_nan_on_from_any_place,
+    test_movement,
+    test_nearest_resizes,
+    test_nearest_resizes_of_open_extents,
+    test_no_index_is_read_outside_of_its_axis,
+    test_normalisations,
+    test_operators_with_several_results,
+    test_padding,
+    test_places,
+    test_powers_of_mixed_types,
+    test_prelu,
+    test_quantisation,
+    test_reductions,
+    test_reductions_of_infinities_and_nan,
+    test_reductions_of_nothing,
+    test_shifts,
+    test_sine_and_cosine,
+    test_softmax,
+    test_where,
+    test_windows,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+@pytest.fixture(autouse=True)
+def in_triton(monkeypatch: pytest.MonkeyPatch, interpreter: Interpreter) -> None:
+    def fused(
+        table: Table,
+        folder: Path,
+        cache: Path,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        seed: int = 0,
+    ) -> Interpreted:
+        return interpreted(table.model(table.runnable()), folder, interpreter)
+
+    monkeypatch.setattr(test_operators, "fused", fused)
