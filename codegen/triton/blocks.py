@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator as Generator
 from dataclasses import dataclass, replace
 
+from apollo_fuse.expressions import Op
 from apollo_fuse.index import Index
 from apollo_fuse.kernel import Buffer, Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
 
@@ -115,3 +116,33 @@ def _loops(steps: tuple[Step, ...], around: tuple[Loop, ...]) -> Generator[tuple
         if isinstance(step, Loop):
             yield step, around
             yield from _loops(step.body, (*around, step))
+
+
+def folded_by(loop: Loop) -> dict[str, tuple[Op, str]]:
+    """The accumulators into which the loop folds blocks of one length, and does nothing else with them."""
+    folds: dict[str, set[tuple[Op, str] | None]] = {}
+
+    def visit(steps: tuple[Step, ...], block: str | None) -> None:
+        for step in steps:
+            match step:
+                case Loop():
+                    lanes = step.kind is LoopKind.LANE
+                    visit(step.body, str(block_of(step) or "BLOCK") if lanes else block)
+                case Compute(_, expression, targets, combine):
+                    for load in expression.loads:
+                        folds.setdefault(load.tensor, set()).add(None)
+                    for target in targets:
+                        fold = None if combine is None or block is None else (combine, block)
+                        folds.setdefault(target.buffer, set()).add(fold)
+                case Copy(source, target):
+                    folds.setdefault(source.buffer, set()).add(None)
+                    folds.setdefault(target.buffer, set()).add(None)
+                case Initialise(target, _):
+                    folds.setdefault(target.buffer, set()).add(None)
+
+    visit((loop,), None)
+    found: dict[str, tuple[Op, str]] = {}
+    for name, kinds in folds.items():
+        if len(kinds) == 1 and (kind := next(iter(kinds))) is not None:
+            found[name] = kind
+    return found

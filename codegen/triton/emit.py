@@ -7,15 +7,15 @@ what its threads have left in memory, they wait for each other first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apollo_fuse.codegen.interface import IndexCheck, index_checks
 from apollo_fuse.codegen.triton.blocks import BLOCK, local_values, warps_for, with_folds_in_lanes
-from apollo_fuse.codegen.triton.writer import NotEmitted, Writer, accesses
+from apollo_fuse.codegen.triton.writer import NotEmitted, Writer
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import ONE, Index, Iterator
-from apollo_fuse.kernel import Buffer, Kernel, KernelGroup, Scope, buffers_of, walk
+from apollo_fuse.kernel import Buffer, Kernel, KernelGroup, Scope, buffers_of
 
 RULE = "codegen.triton"
 _LARGE = 1 << 31  # elements from which on 32 bits hold no offset
@@ -84,27 +84,21 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
     if known is not None and known >= _LARGE:
         raise NotEmitted("more programs than a grid has", f"{known} work items in {kernel.name}")
     values = local_values(kernel)
-    elsewhere = [b for b in kernel.buffers if b.scope is not Scope.GLOBAL and b.name not in values]
-    scratch = tuple(b for b in elsewhere if _owner(kernel, b, values) == b.name)
-    writer = Writer(kernel, values, _is_wide(kernel, scratch))
+    owners = {b.name: _owner(kernel, b, values) for b in kernel.buffers if b.name not in values}
+    scratch = tuple(b for b in kernel.buffers if b.scope is not Scope.GLOBAL and owners.get(b.name) == b.name)
+    writer = Writer(kernel, values, owners, _is_wide(kernel, scratch))
     program = _grid(writer, kernel.grid)
     for buffer in scratch:
-        writer.places[buffer.name] = f"{buffer.name}_own"
-        writer.line(f"{buffer.name}_own = {buffer.name} + {program} * {writer.factor(buffer.size)}")
-    for buffer in elsewhere:
-        owner = _owner(kernel, buffer, values)
-        if owner != buffer.name:
-            writer.places[buffer.name] = f"{buffer.name}_own"
-            writer.line(f"{buffer.name}_own = {owner} + {writer.index(buffer.base)}")
-        writer.memory[buffer.name] = owner
-    writer.memory |= {b.name: b.name for b in kernel.buffers if b.scope is Scope.GLOBAL}
-    writer.shared = _shared(kernel, writer.memory)
+        writer.place(buffer, f"{buffer.name} + {program} * {writer.factor(buffer.size)}")
+    for buffer in kernel.buffers:
+        if buffer.name in owners and buffer.host is not None and buffer not in scratch:
+            _place_in_host(writer, kernel, buffer)
     writer.steps(kernel.body)
-    used = buffers_of(kernel.body) | set(writer.memory.values()) - {b.name for b in scratch}
+    used = {owners[name] for name in buffers_of(kernel.body) if name in owners}
     every = (*group.inputs, *group.outputs, *group.temporaries)
-    tensors = tuple(v.name for v in every if v.name in used and v.name in writer.memory)
+    tensors = tuple(v.name for v in every if v.name in used)
     extents = tuple(e.symbol.name for e in group.extents if e.symbol.name in writer.extents)
-    block = BLOCK if any("BLOCK" in line for line in writer.lines) else None
+    block = BLOCK if writer.has_block else None
     launch = Launch(
         kernel.name, tensors, scratch, extents, block, warps_for(kernel), kernel.items, kernel.form
     )
@@ -115,23 +109,22 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
     return head + "\n".join(lines) + "\n", launch
 
 
+def _place_in_host(writer: Writer, kernel: Kernel, buffer: Buffer) -> None:
+    if buffer.name in writer.places or buffer.host is None:
+        return
+    host = kernel.buffer(buffer.host)
+    if host.host is not None:
+        _place_in_host(writer, kernel, host)
+    base = "" if buffer.base.is_zero else f" + {writer.index(buffer.base)}"
+    writer.place(buffer, writer.places.get(host.name, host.name) + base)
+
+
 def _taken(group: KernelGroup, kernel: Kernel) -> str:
     """How many programs there are, and in which runs."""
     conditions = [f"not {condition}" for condition in group.forms[: kernel.form]]
     conditions += [str(condition) for condition in group.forms[kernel.form : kernel.form + 1]]
     where = f", where {' and '.join(conditions)}" if conditions else ""
     return f"Programs: {kernel.items}{where}."
-
-
-def _shared(kernel: Kernel, memory: Mapping[str, str]) -> frozenset[str]:
-    """The memory that some steps read and some write."""
-    read: set[str] = set()
-    written: set[str] = set()
-    for step in walk(kernel.body):
-        sources, targets = accesses(step)
-        read |= {memory[source.buffer] for source in sources if source.buffer in memory}
-        written |= {memory[name] for name in targets if name in memory}
-    return frozenset(read & written)
 
 
 def _owner(kernel: Kernel, buffer: Buffer, values: frozenset[str]) -> str:

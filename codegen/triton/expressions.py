@@ -54,7 +54,7 @@ def load(dtype: DType, text: str) -> str:
         case DType.FLOAT16 | DType.BFLOAT16:
             return f"{text}.to(tl.float32)"
         case DType.BOOL:
-            return f"{text} != 0"
+            return f"({text} != 0)"
         case _:
             return text
 

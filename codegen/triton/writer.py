@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from apollo_fuse.codegen.triton import expressions as t
-from apollo_fuse.codegen.triton.blocks import block_of
+from apollo_fuse.codegen.triton.barriers import Barriers, shared_memory
+from apollo_fuse.codegen.triton.blocks import block_of, folded_by
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
 from apollo_fuse.index import Index, Indirect, Iterator
-from apollo_fuse.kernel import (
-    Compute,
-    Copy,
-    Initialise,
-    Kernel,
-    Loop,
-    LoopKind,
-    Scope,
-    Step,
-    Target,
-    walk,
-)
+from apollo_fuse.kernel import Buffer, Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
 
 
 class NotEmitted(Exception):
@@ -37,97 +28,116 @@ class _Lane:
     inside: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What has a name in the scope at hand.
+
+    lanes: the iterators of blocks. indices: what was read from index tensors. at_hand: elements in memory
+        that the lanes still hold the values of.
+    """
+
+    lanes: set[Iterator] = field(default_factory=set)
+    indices: dict[Indirect, str] = field(default_factory=dict)
+    at_hand: dict[Target, str] = field(default_factory=dict)
+
+    def copy(self) -> _Names:
+        return _Names(set(self.lanes), dict(self.indices), dict(self.at_hand))
+
+
 @dataclass(slots=True)
 class Writer:
     """`values` are the local buffers that are values of the program; `wide` offsets take 64 bits.
 
-    places: what the elements of the other buffers are offset from. memory: where these and the tensors lie,
-    by name. shared: the memory that the kernel both reads and writes.
+    memory: the tensor or scratch that each other buffer lies in. places: what elements are offset from, where
+    that is not the start of it. extents: those that the text mentions; has_block: whether it mentions BLOCK.
     """
 
     kernel: Kernel
     values: frozenset[str]
+    memory: Mapping[str, str]
     wide: bool
     places: dict[str, str] = field(default_factory=dict)
-    memory: dict[str, str] = field(default_factory=dict)
-    shared: frozenset[str] = frozenset()
     lines: list[str] = field(default_factory=list)
-    depth: int = 1
-    extents: set[str] = field(default_factory=set)  # those that the text mentions
+    extents: set[str] = field(default_factory=set)
+    has_block: bool = False
+    _depth: int = 1
     _lane: _Lane | None = None
-    _reads: int = 0  # of index tensors
-    _known: dict[Index | Indirect | Target, str] = field(default_factory=dict)  # what has a name in scope
+    _names: _Names = field(default_factory=lambda: _Names())
+    _taken: Counter[str] = field(default_factory=Counter)  # how often a name was given
     _varying: set[str] = field(default_factory=set)  # values that are blocks
     _partial: dict[str, str] = field(default_factory=dict)  # accumulators of which each lane has one
-    _used: dict[str, int] = field(default_factory=dict)  # how often the name of a statement was taken
-    _written: set[str] = field(default_factory=set)  # memory, since the last barrier
-    _read: set[str] = field(default_factory=set)
+    _barriers: Barriers = field(init=False)
+
+    def __post_init__(self) -> None:
+        shared = shared_memory(self.kernel.body, self.memory)
+        self._barriers = Barriers(self.memory, shared, lambda target: target in self._names.at_hand)
 
     def line(self, text: str) -> None:
-        self.lines.append("    " * self.depth + text)
+        self.lines.append("    " * self._depth + text)
+
+    def place(self, buffer: Buffer, start: str) -> None:
+        """Gives the program's own part of memory a name."""
+        self.places[buffer.name] = f"{buffer.name}_own"
+        self.line(f"{buffer.name}_own = {start}")
 
     def index(self, value: Index) -> str:
         """The index as text, behind lines that read what it needs of index tensors."""
         self.extents |= {symbol.name for symbol in value.symbols()}
         for atom in sorted((a for a in value.atoms() if isinstance(a, Indirect)), key=str):
             self._read_index(atom)
-        return t.index(value, self._indirect())
+        return t.index(value, self._names.indices)
 
     def factor(self, value: Index) -> str:
         """The index as text that something can be multiplied with."""
         self.index(value)
-        return t.factor(value, self._indirect())
-
-    def _indirect(self) -> dict[Indirect, str]:
-        return {atom: name for atom, name in self._known.items() if isinstance(atom, Indirect)}
+        return t.factor(value, self._names.indices)
 
     def _read_index(self, atom: Indirect) -> None:
-        if atom in self._known:
+        if atom in self._names.indices:
             return
         place = self.index(atom.indices[0])
-        self._reads += 1
-        name = f"{atom.tensor}_{self._reads}"
+        self._taken[atom.tensor] += 1
+        name = f"{atom.tensor}_{self._taken[atom.tensor]}"
         mask = self._mask(atom.indices[0])
         default = ", other=0" if mask else ""
         kind = "tl.int64" if self.wide else "tl.int32"
         read = f"tl.load({atom.tensor} + {place}{mask}{default}).to({kind})"
         self.line(f"{name} = af.wrap({read}, {self.index(atom.extent)})")
-        self._known[atom] = name
+        self._names.indices[atom] = name
 
     # -- loops ------------------------------------------------------------------------------
 
     def steps(self, steps: tuple[Step, ...]) -> None:
         for step in steps:
+            is_lanes = isinstance(step, Loop) and step.kind is LoopKind.LANE
+            if (is_lanes or not isinstance(step, Loop)) and self._barriers.needed_before(step):
+                self.line("tl.debug_barrier()")
             match step:
                 case Loop():
                     self._loop(step)
                 case Initialise(target, op):
-                    self._wait_for(step)
                     self._initialise(target, op)
                 case Copy(source, target):
-                    self._wait_for(step)
                     self._write(target, self._element(source), self._varies(source.offset))
                 case Compute():
-                    self._wait_for(step)
                     self._compute(step)
 
     def _loop(self, loop: Loop) -> None:
         name, extent = loop.iterator.name, loop.iterator.extent
         if loop.kind is LoopKind.LANE:
-            self._wait_before(loop)
             self._lanes(loop)
             return
         if loop.kind is LoopKind.UNROLLED:
             self.line(f"for {name} in tl.static_range({extent.constant}):")
-            with self._scope():
+            with self._scope(1):
                 self.steps(loop.body)
             return
-        self._foresee(loop)
+        self._barriers.foresee(loop)
         folded = self._begin_folding(loop)
         end = self._least([extent] if loop.limit is None else [extent, loop.limit])
         cast = self.wide and extent.constant is not None and loop.limit is None
         self.line(f"for {name}{'_turn' if cast else ''} in range(0, {end}):")
-        with self._scope():
+        with self._scope(1):
             if cast:
                 self.line(f"{name} = tl.cast({name}_turn, tl.int64)")
             self.steps(loop.body)
@@ -139,10 +149,11 @@ class Writer:
         ends = [extent] if loop.limit is None else [extent, loop.limit]
         whole = block_of(loop)
         if whole is None:
+            self.has_block = True
             folded = self._begin_folding(loop)
             end = self._least(ends)
             self.line(f"for {name}_start in range(0, {end}, BLOCK):")
-            with self._scope():
+            with self._scope(1):
                 self.line(f"{name} = {name}_start + tl.arange(0, BLOCK)")
                 self.line(f"{name}_inside = {name} < {end}")
                 self._in_lane(_Lane(loop.iterator, "BLOCK", f"{name}_inside"), loop)
@@ -150,8 +161,8 @@ class Writer:
             return
         ends = [end for end in ends if end.constant != whole]
         inside = f"{name}_inside" if ends else None
-        if Index.of(loop.iterator) not in self._known:
-            self._known[Index.of(loop.iterator)] = name
+        if loop.iterator not in self._names.lanes:
+            self._names.lanes.add(loop.iterator)
             cast = ".to(tl.int64)" if self.wide else ""
             self.line(f"{name} = tl.arange(0, {whole}){cast}")
             if inside is not None:
@@ -166,26 +177,25 @@ class Writer:
         if self._lane is not None:
             raise NotEmitted("a lane loop lies in another", f"{loop.iterator} in {self._lane.iterator}")
         self._lane = lane
-        known = dict(self._known)
-        self.steps(loop.body)
-        self._known = known
+        with self._scope(0):
+            self.steps(loop.body)
         self._lane = None
 
     @contextmanager
-    def _scope(self) -> Generator[None]:
+    def _scope(self, deeper: int) -> Generator[None]:
         """The body of a loop: what is named there is not known behind it."""
-        known = dict(self._known)
-        self.depth += 1
+        names = self._names.copy()
+        self._depth += deeper
         yield
-        self.depth -= 1
-        self._known = known
+        self._depth -= deeper
+        self._names = names
 
     # -- reductions -------------------------------------------------------------------------
 
     def _begin_folding(self, loop: Loop) -> list[tuple[str, Op]]:
         """Starts an accumulator for each lane, where the whole loop does nothing but fold blocks into one."""
         folded: list[tuple[str, Op]] = []
-        for name, (op, block) in _folded(loop).items():
+        for name, (op, block) in folded_by(loop).items():
             if name in self.values and self.kernel.buffer(name).size.is_one and name not in self._partial:
                 dtype = self.kernel.buffer(name).dtype
                 self._partial[name] = f"{name}_lanes"
@@ -224,7 +234,8 @@ class Writer:
         self._write(target, start, shape != "()")
 
     def _compute(self, step: Compute) -> None:
-        count = self._used[step.statement] = self._used.get(step.statement, 0) + 1
+        self._taken[step.statement] += 1
+        count = self._taken[step.statement]
         prefix = step.statement.lower() + (f"_{count}" if count > 1 else "")
         operator = "" if step.combine is None else step.combine.value
         places = ", ".join(f"{target.buffer}[{target.offset}]" for target in step.targets)
@@ -297,8 +308,8 @@ class Writer:
     def _element(self, target: Target) -> str:
         if target.buffer in self.values:
             return target.buffer
-        if target in self._known:
-            return self._known[target]
+        if target in self._names.at_hand:
+            return self._names.at_hand[target]
         buffer = self.kernel.buffer(target.buffer)
         place = self._place(target)
         return t.load(buffer.dtype, f"tl.load({place}{self._mask(target.offset)})")
@@ -318,95 +329,12 @@ class Writer:
             raise NotEmitted("the lanes of a block write one element", f"{target.buffer}[{target.offset}]")
         place = self._place(target)
         self.line(f"tl.store({place}, {value}{self._mask(target.offset)})")
-        self._forget(target.buffer)
+        for stale in [x for x in self._names.at_hand if x.buffer == target.buffer]:
+            del self._names.at_hand[stale]
         if varies and self._is_kept(target):
-            self._known[target] = value  # what a lane reads back need not come from memory
+            self._names.at_hand[target] = value  # what a lane reads back need not come from memory
 
     def _is_kept(self, target: Target) -> bool:
         """Whether the target is what a kernel keeps for itself, in memory."""
         local = self.kernel.buffer(target.buffer).scope is not Scope.GLOBAL
         return local and target.buffer not in self.values
-
-    def _forget(self, buffer: str) -> None:
-        for place in [x for x in self._known if isinstance(x, Target) and x.buffer == buffer]:
-            del self._known[place]
-
-    # -- barriers ---------------------------------------------------------------------------
-
-    def _wait_for(self, step: Compute | Copy | Initialise) -> None:
-        """A barrier where the step touches memory that threads of the program did since the last one."""
-        read, written = self._touched(step)
-        self._wait(read, written)
-        self._read |= read
-        self._written |= written
-
-    def _wait_before(self, loop: Loop) -> None:
-        """Lanes do not wait for each other, so that one barrier before a loop of them is enough."""
-        steps = [self._touched(step) for step in walk(loop.body) if not isinstance(step, Loop)]
-        self._wait(set().union(*(read for read, _ in steps)), set().union(*(written for _, written in steps)))
-
-    def _wait(self, read: set[str], written: set[str]) -> None:
-        if (read | written) & self._written or written & self._read:
-            self.line("tl.debug_barrier()")
-            self._written, self._read = set(), set()
-
-    def _foresee(self, loop: Loop) -> None:
-        """The turns of a loop follow each other: what one touches was touched by the one before."""
-        for step in walk(loop.body):
-            if not isinstance(step, Loop):
-                read, written = self._touched(step)
-                self._read |= read
-                self._written |= written
-
-    def _touched(self, step: Compute | Copy | Initialise) -> tuple[set[str], set[str]]:
-        """The memory that the step reads and that it writes, of what the kernel does both to."""
-        read, written = accesses(step)
-        places = {target.buffer for target in read if target not in self._known}
-        return self._shared(places), self._shared(written)
-
-    def _shared(self, buffers: set[str]) -> set[str]:
-        return {self.memory[name] for name in buffers if name in self.memory} & self.shared
-
-
-def accesses(step: Step) -> tuple[set[Target], set[str]]:
-    """The elements that a step reads, and the buffers that it writes."""
-    match step:
-        case Compute(_, block, targets, combine):
-            read = {Target(load.tensor, load.indices[0]) for load in block.loads}
-            return read | set(targets if combine is not None else ()), {x.buffer for x in targets}
-        case Copy(source, target):
-            return {source}, {target.buffer}
-        case Initialise(target, _):
-            return set(), {target.buffer}
-        case Loop():
-            return set(), set()
-
-
-def _folded(loop: Loop) -> dict[str, tuple[Op, str]]:
-    """The accumulators into which the loop folds blocks of one length, and does nothing else with them."""
-    folds: dict[str, set[tuple[Op, str] | None]] = {}
-
-    def visit(steps: tuple[Step, ...], block: str | None) -> None:
-        for step in steps:
-            match step:
-                case Loop():
-                    lanes = step.kind is LoopKind.LANE
-                    visit(step.body, str(block_of(step) or "BLOCK") if lanes else block)
-                case Compute(_, expression, targets, combine):
-                    for load in expression.loads:
-                        folds.setdefault(load.tensor, set()).add(None)
-                    for target in targets:
-                        fold = None if combine is None or block is None else (combine, block)
-                        folds.setdefault(target.buffer, set()).add(fold)
-                case Copy(source, target):
-                    folds.setdefault(source.buffer, set()).add(None)
-                    folds.setdefault(target.buffer, set()).add(None)
-                case Initialise(target, _):
-                    folds.setdefault(target.buffer, set()).add(None)
-
-    visit((loop,), None)
-    found: dict[str, tuple[Op, str]] = {}
-    for name, kinds in folds.items():
-        if len(kinds) == 1 and (kind := next(iter(kinds))) is not None:
-            found[name] = kind
-    return found
