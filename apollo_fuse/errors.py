@@ -30,11 +30,15 @@ class ModelError(ApolloFuseError):
 
 
 class CompilerError(ApolloFuseError):
-    """The C compiler failed on generated code."""
+    """A compiler failed on generated code."""
 
 
 class NoCompilerError(CompilerError):
     """No C compiler was found."""
+
+
+class NoTritonError(CompilerError):
+    """Triton is not installed, which compiles kernels for GPUs."""
 
 
 class VerificationError(ApolloFuseError):

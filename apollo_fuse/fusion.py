@@ -9,7 +9,8 @@ from time import perf_counter
 
 import onnx_ir as ir
 
-from apollo_fuse.codegen import c, triton
+from apollo_fuse.codegen import c
+from apollo_fuse.codegen.triton import emit as triton
 from apollo_fuse.graph import MicroGraph, Refused, Value
 from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.options import Options

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse import onnx_io
-from apollo_fuse.codegen.triton import Program, emit
+from apollo_fuse.codegen.triton.emit import Program, emit
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan

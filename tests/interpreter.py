@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from apollo_fuse.codegen.triton import Program
+from apollo_fuse.codegen.triton.emit import Program
 from apollo_fuse.cost import bound
 from apollo_fuse.dtypes import DType
 from apollo_fuse.extents import evaluate

@@ -18,7 +18,7 @@ from hypothesis import given, note, settings
 
 from apollo_fuse.acceptance import needed_values
 from apollo_fuse.capture import capture
-from apollo_fuse.codegen.triton import Program, emit
+from apollo_fuse.codegen.triton.emit import Program, emit
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Load, Op
 from apollo_fuse.graph import Refused, Value
