@@ -16,11 +16,12 @@ from itertools import pairwise, zip_longest
 
 from apollo_fuse.extents import evaluate, evaluate_formula
 from apollo_fuse.index import Symbol
-from apollo_fuse.kernel import KernelGroup, Scope
+from apollo_fuse.kernel import Kernel, KernelGroup, Scope
 from apollo_fuse.machine import Gpu, Level, Machine, Unit
 from apollo_fuse.occupancy import Block, reached
 from apollo_fuse.passes.tile_and_map import GRAIN
 from apollo_fuse.scop import Derived
+from apollo_fuse.strides import Numbers
 from apollo_fuse.work import Stretch, Work, work_of
 
 _MOST_CHUNKS = (
@@ -90,7 +91,9 @@ def cost_of_stitch(
     block: Block | None = None,
 ) -> Cost:
     """What one run of groups takes that share launches: the first kernels of all, then the second ones."""
-    stages = zip_longest(*([work_of(k, sizes, machine) for k in group.kernels] for group, sizes in groups))
+    stages = zip_longest(
+        *([work_of(k, sizes, machine) for k in taken(group, sizes)] for group, sizes in groups)
+    )
     launches = [[work for work in stage if work is not None] for stage in stages]
     if machine.gpu is not None:
         parts = [_on_gpu(works, machine, machine.gpu, block or Block()) for works in launches]
@@ -99,6 +102,14 @@ def cost_of_stitch(
     tensors = sum(len(group.inputs) + len(group.outputs) for group, _ in groups)
     calls = machine.node + tensors * machine.argument
     return _sum([_launch(works, machine, used) for works in launches], calls)
+
+
+def taken(group: KernelGroup, sizes: Mapping[Symbol, int]) -> tuple[Kernel, ...]:
+    """The kernels that a run with these extents takes: those of the first form whose condition holds."""
+    numbers = Numbers(sizes)
+    holding = (form for form, c in enumerate(group.forms) if numbers.number(c.value) <= c.limit)
+    form = next(holding, len(group.forms))
+    return tuple(kernel for kernel in group.kernels if kernel.form == form)
 
 
 def bound(

@@ -19,12 +19,14 @@ from apollo_fuse.calibration.stored import calibrated
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
 from apollo_fuse.codegen.toolchain import Toolchain, toolchains_for
+from apollo_fuse.codegen.triton.compile import require_triton
 from apollo_fuse.cpu import Cpu, default_threads
 from apollo_fuse.descriptions import generic
 from apollo_fuse.errors import NoFeedsError, VerificationError
 from apollo_fuse.evidence import slower, spilled
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
+from apollo_fuse.gpu_kernels import on_gpus
 from apollo_fuse.graph import Value
 from apollo_fuse.joining import Joined, join
 from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
@@ -80,6 +82,8 @@ class _Compilation:
 
     def run(self) -> Report:
         start = perf_counter()
+        if self.options.gpus:
+            require_triton()
         with self._timed("load"):
             require_writable(self.output)
             onnx_files.check_output(self.path, self.output)
@@ -343,8 +347,8 @@ class _Compilation:
         return _Stopwatch(self.seconds, stage)
 
     def _summary(self, taken: Attempt) -> Summary:
-        chosen, settled = taken.chosen, taken.settled
-        return summarise(
+        chosen, settled, sizes = taken.chosen, taken.settled, solve(self.shapes)
+        summary = summarise(
             self.path,
             self.output,
             taken.model,
@@ -352,8 +356,14 @@ class _Compilation:
             taken.stitches,
             settled.judgements,
             settled.kept,
-            solve(self.shapes),
+            sizes,
         )
+        if not self.options.gpus:
+            return summary
+        self.progress.stage("compile for GPUs", None)
+        with self._timed("cc"):
+            kernels = on_gpus(summary.kernels, chosen.candidates, sizes, self.options, self.warnings.append)
+        return replace(summary, kernels=kernels)
 
     def _report(
         self, summary: Summary, taken: Attempt, tried: tuple[LayoutReport, ...], library: Path | None

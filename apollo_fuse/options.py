@@ -12,8 +12,8 @@ import platformdirs
 
 from apollo_fuse.cpu import CpuTargets
 from apollo_fuse.errors import UsageError
+from apollo_fuse.gpu import GpuTarget, gpus_of
 
-TARGETS = ("auto", "cpu")
 LAYOUTS = ("portable", "ort", "auto")
 LAYERS = ("I", "I,II", "I,II,III")
 
@@ -71,7 +71,8 @@ class Options:
 
     shapes: extents for inputs with open dimensions, used to measure and to verify; one entry an input.
     inputs: a `.npz` file with arrays for inputs by name, to measure and verify with; others are made up.
-    target: `cpu`, or `auto` for what the machine has.
+    target: `cpu`, or `auto` for what the machine has. GPUs may follow, as in `cpu,cuda:90`: then the report
+        has what the kernels would be on them; nothing launches these yet.
     cpu: the processors that the library is made for; the machine's own unless others are named.
     layout: `portable` for a model that runs anywhere; `ort` for one in onnxruntime's own layout, which runs
         on machines like this one alone; `auto` for the faster one of both.
@@ -115,8 +116,7 @@ class Options:
     dump: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise UsageError(f"the target is {self.target!r}; expected one of {', '.join(TARGETS)}")
+        gpus_of(self.target)
         if self.layers not in LAYERS:
             raise UsageError(f"the layers are {self.layers!r}; expected one of {' or '.join(LAYERS)}")
         if self.layout not in LAYOUTS:
@@ -139,6 +139,11 @@ class Options:
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
             raise UsageError(f"input {repeated!r} is given two shapes; give one")
+
+    @property
+    def gpus(self) -> tuple[GpuTarget, ...]:
+        """The GPUs that kernels are compiled for, to report on."""
+        return gpus_of(self.target)
 
     @property
     def stitches_memory(self) -> bool:

@@ -22,6 +22,7 @@ from apollo_fuse.options import Options
 from apollo_fuse.report import (
     CompileSeconds,
     FeedbackRound,
+    GpuReport,
     KernelReport,
     LatencyReport,
     LayoutReport,
@@ -141,6 +142,9 @@ def _decoded(text: bytes) -> Report:
     rounds = tuple({**x, "refused": RefusedReport(**x["refused"])} for x in found["feedback_rounds"])
     found["feedback_rounds"] = rounds
     whole = {"verification": VerificationReport, "latency": LatencyReport, "compile_seconds": CompileSeconds}
+    found["kernels"] = tuple(
+        {**x, "gpu": {name: GpuReport(**part) for name, part in x["gpu"].items()}} for x in found["kernels"]
+    )
     many = {name: tuple(kind(**part) for part in found[name]) for name, kind in parts.items()}
     return Report(**{**found, **many, **{name: kind(**found[name]) for name, kind in whole.items()}})
 

@@ -204,6 +204,15 @@ def _explain_kernel(kernel: KernelReport, console: Console) -> None:
     _print(console, f"    {figures}")
     if kernel.note:
         _print(console, f"    judged in float64: {kernel.note}")
+    for name, gpu in kernel.gpu.items():
+        spilled = f", {_bytes(gpu.spills)} spilled" if gpu.spills else ""
+        figures = (
+            f"predicted {gpu.predicted_us:.1f} us, {_count(gpu.launches, 'launch', 'es')}, "
+            f"{_bytes(gpu.dram_bytes)} from and to memory of {_bytes(gpu.compulsory_bytes)}; "
+            f"{_count(gpu.num_warps, 'warp')} of {_count(gpu.registers, 'register')} a thread{spilled}, "
+            f"occupancy {gpu.occupancy:.0%}"
+        )
+        _print(console, f"    {name}, compiled and not run: {figures}")
 
 
 def _abbreviated(names: Iterable[str], most: int = _NAMES) -> str:
@@ -213,7 +222,11 @@ def _abbreviated(names: Iterable[str], most: int = _NAMES) -> str:
 
 
 def _nodes(count: int) -> str:
-    return f"{count} node{'' if count == 1 else 's'}"
+    return _count(count, "node")
+
+
+def _count(count: int, noun: str, ending: str = "s") -> str:
+    return f"{count} {noun}{'' if count == 1 else ending}"
 
 
 def _bytes(count: int) -> str:

@@ -16,6 +16,31 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
+class GpuReport:
+    """A kernel on a GPU: as compiled ahead of time, and as predicted for the measured run. It never ran.
+
+    launches: kernels of the GPU that one run starts; the figures below are of these.
+    registers, shared_bytes: the most that a thread and a block take. spills: bytes that threads have no
+        registers for.
+    num_warps, occupancy: of a block, and the share of a multiprocessor's threads in flight, of the one that
+        takes longest.
+    dram_bytes: predicted to be moved; compulsory_bytes: of the tensors that each reads and writes.
+    predicted_us: microseconds, launches included. binary_bytes: of their code.
+    """
+
+    launches: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    num_warps: int
+    occupancy: float
+    dram_bytes: int
+    compulsory_bytes: int
+    predicted_us: float
+    binary_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class KernelReport:
     """One distinct kernel, or kernels that share a launch.
 
@@ -36,6 +61,7 @@ class KernelReport:
     apart_us: microseconds of one run with each of the members called by itself; None where not measured.
     note: where an output differs from onnxruntime's by more than the tolerance and is right by what it is in
         float64, both errors; else empty.
+    gpu: what it would be on the GPUs of the target, by name; nothing of that is in the library.
     """
 
     name: str
@@ -56,6 +82,7 @@ class KernelReport:
     members: tuple[str, ...] = ()
     apart_us: float | None = None
     note: str = ""
+    gpu: Mapping[str, GpuReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from apollo_fuse.report import (
     CompileSeconds,
     FeedbackRound,
+    GpuReport,
     KernelReport,
     LatencyReport,
     LayoutReport,
@@ -30,6 +31,20 @@ ACCEPTED = KernelReport(
     instances=12,
     predicted_unfused_us=11.0,
     predicted_us=3.5,
+    gpu={
+        "cuda:90": GpuReport(
+            launches=2,
+            registers=40,
+            spills=16,
+            shared_bytes=1024,
+            num_warps=4,
+            occupancy=0.75,
+            dram_bytes=2048,
+            compulsory_bytes=2048,
+            predicted_us=5.25,
+            binary_bytes=9000,
+        )
+    },
 )
 LEFT_OUT = replace(
     ACCEPTED,
@@ -40,6 +55,7 @@ LEFT_OUT = replace(
     accepted=False,
     reason="measured slower than onnxruntime",
     instances=1,
+    gpu={},
 )
 FUSED = Report(
     model=Path("net.onnx"),

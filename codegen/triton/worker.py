@@ -21,6 +21,7 @@ def main() -> None:
     from triton import knobs
 
     knobs.cache.dir = sys.argv[1]
+    knobs.compilation.always_compile = True  # the compiler says nothing of what it takes from a cache
     knobs.nvidia.dump_ptxas_log = True  # where spilled registers are told
     modules: dict[str, ModuleType] = {}
     for line in sys.stdin:
