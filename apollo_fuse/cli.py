@@ -88,6 +88,17 @@ def _read_shapes(
     return tuple(InputShape.parse(value) for value in values)
 
 
+def _examine(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Print what the machine has and exit: 0 where it can fuse models, else 1."""
+    if not value or ctx.resilient_parsing:
+        return
+    from apollo_fuse.doctor import examine, lines
+
+    diagnosis = examine(Options())
+    click.echo("\n".join(lines(diagnosis)))
+    ctx.exit(0 if diagnosis.is_ready else 1)
+
+
 def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTargets:
     return CpuTargets.parse(value)
 
@@ -183,6 +194,14 @@ def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTar
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Print where the time went, and the versions, too.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.option(
+    "--doctor",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_examine,
+    help="Print what this machine has, and what is missing for which target, and exit.",
+)
 @click.version_option(__version__, prog_name="apollo-fuse", message="%(prog)s %(version)s")
 def main(
     model: Path,
