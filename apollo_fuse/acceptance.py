@@ -36,7 +36,7 @@ from apollo_fuse.unfused import Ran, ran
 from apollo_fuse.verify import NOTHING, Verdict, coarsest, edge_case, failed, verify
 
 _CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
-_PASS_NAN_ON_AT_TIMES = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"})
+_NAN_VARIES = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "LRN"})
 CLEAR_GAIN = 1.3  # from this speed-up on a kernel is a clear winner
 WINS = 0.97  # share of the unfused time that a kernel has to stay below
 _PREDICTED = "predicted to take {:.1f} us, and onnxruntime {:.1f} us without it"
@@ -132,9 +132,10 @@ def judge(
         return Judgement(verdict, None, None, f"does not verify: {verdict.problem}")
     sparse = candidate.micro_graph.pattern >= Pattern.REDUCTION
     # what integer NaN or inf becomes is open in ONNX, and in onnxruntime varies with its vector loops;
-    # so does whether the greatest of many numbers passes a NaN on
+    # so does whether the greatest of many numbers passes a NaN on; its LRN moves a sum along the channels,
+    # where what is no number stays, and by definition is in the sums of a few channels
     finite = any(_makes_integers(p.block) for p in candidate.micro_graph.primitives) or any(
-        o.op_type in _PASS_NAN_ON_AT_TIMES for o in candidate.micro_graph.operators
+        o.op_type in _NAN_VARIES for o in candidate.micro_graph.operators
     )
     special = edge_case(feeds, options.seed, sparse=sparse, finite=finite)
     edges = verify(alone.unfused, alone.fused, [special], precision, alone.in_doubles)

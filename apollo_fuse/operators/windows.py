@@ -162,11 +162,18 @@ def _norm(p: float, add_up: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @operator("LRN")
 def lrn(o: Opener) -> Tensor:
-    """Squares are added up over the neighbouring channels."""
+    """Squares are added up over the neighbouring channels.
+
+    The usual power, 0.75, of what is not negative is two roots, which take a tenth of the time.
+    """
     x = floating(o.tensor(0))
     size = o.integer("size", 1)
     window = Window(x.shape[1], x.shape[1], size, 1, 1, (size - 1) // 2, size // 2)
     taps = slide(x, (1,), (window,), 0.0)
     squares = (taps * taps).reduce(Op.ADD, (len(x.shape),), keepdims=False)
     alpha, beta, bias = o.number("alpha", 0.0001), o.number("beta", 0.75), o.number("bias", 1.0)
-    return x / o.apply(Op.POW, squares * (alpha / size) + bias, beta)
+    base = squares * (alpha / size) + bias
+    if beta == 0.75 and alpha >= 0 and bias >= 0:
+        root = base.call(Op.SQRT)
+        return x / (root * root.call(Op.SQRT))
+    return x / o.apply(Op.POW, base, beta)
