@@ -44,6 +44,7 @@ class Op(Enum):
     SIGN = "sign"
     SQRT = "sqrt"
     EXP = "exp"
+    EXP_NONPOSITIVE = "exp_nonpositive"  # of what is known to be at most 0; denormal results are 0
     EXPM1 = "expm1"
     LOG = "log"
     LOG1P = "log1p"

@@ -60,6 +60,7 @@ UNITS: Mapping[Op, Unit] = {op: Unit.SIMPLE for op in Op} | {
     Op.NOT: Unit.CHOOSE,
     Op.CAST: Unit.CONVERT,
     Op.EXP: Unit.EXP,
+    Op.EXP_NONPOSITIVE: Unit.EXP,
     Op.EXPM1: Unit.EXPM1,
     Op.LOG: Unit.LOG,
     Op.LOG1P: Unit.LOG1P,

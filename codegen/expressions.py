@@ -41,7 +41,8 @@ SUFFIX = {
 _INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.AND: "&", Op.OR: "|", Op.XOR: "^"}
 _COMPARE = {Op.EQ: "==", Op.LT: "<", Op.LE: "<="}
 _VMATH = {
-    Op.EXP: "exp", Op.EXPM1: "expm1", Op.LOG: "log", Op.LOG1P: "log1p", Op.TANH: "tanh", Op.ERF: "erf",
+    Op.EXP: "exp", Op.EXP_NONPOSITIVE: "exp_nonpositive",
+    Op.EXPM1: "expm1", Op.LOG: "log", Op.LOG1P: "log1p", Op.TANH: "tanh", Op.ERF: "erf",
     Op.SIGMOID: "sigmoid", Op.SOFTPLUS: "softplus", Op.SIN: "sin", Op.COS: "cos", Op.POW: "pow",
     Op.FLOOR: "floor", Op.CEIL: "ceil", Op.ROUND: "rint",
 }  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from functools import reduce
 
+import onnx_ir as ir
+
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
 from apollo_fuse.index import ONE
@@ -20,7 +22,7 @@ _FUNCTIONS = {
     "Not": Op.NOT,
 }  # fmt: skip
 _FLOAT_FUNCTIONS = {
-    "Sqrt": Op.SQRT, "Exp": Op.EXP, "Log": Op.LOG, "Tanh": Op.TANH, "Erf": Op.ERF, "Sigmoid": Op.SIGMOID,
+    "Sqrt": Op.SQRT, "Log": Op.LOG, "Tanh": Op.TANH, "Erf": Op.ERF, "Sigmoid": Op.SIGMOID,
     "Softplus": Op.SOFTPLUS, "Sin": Op.SIN, "Cos": Op.COS, "Tan": Op.TAN, "Asin": Op.ASIN, "Acos": Op.ACOS,
     "Atan": Op.ATAN, "Sinh": Op.SINH, "Cosh": Op.COSH, "Asinh": Op.ASINH, "Acosh": Op.ACOSH,
     "Atanh": Op.ATANH, "IsNaN": Op.IS_NAN,
@@ -48,6 +50,23 @@ def _integer(x: Tensor) -> Tensor:
 
 for _name, _op in _BITWISE.items():
     DESCRIPTIONS["", _name] = lambda o, op=_op: o.apply(op, _integer(o.tensor(0)), o.tensor(1))  # type: ignore[misc]
+
+
+@operator("Exp")
+def exponential(o: Opener) -> Tensor:
+    value = o.node.inputs[0]
+    known = value is not None and _is_below_its_maximum(value)
+    return floating(o.tensor(0)).call(Op.EXP_NONPOSITIVE if known else Op.EXP)
+
+
+def _is_below_its_maximum(value: ir.Value) -> bool:
+    """Whether the maximum of a tensor was taken from it, as the softmax of exporters does."""
+    difference = value.producer()
+    if difference is None or difference.op_type != "Sub":
+        return False
+    whole, greatest = difference.inputs
+    maximum = None if greatest is None else greatest.producer()
+    return maximum is not None and maximum.op_type == "ReduceMax" and maximum.inputs[0] is whole
 
 
 @operator("BitwiseNot")

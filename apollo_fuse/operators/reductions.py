@@ -120,7 +120,7 @@ def _softmax_axes(o: Opener, rank: int) -> tuple[int, ...]:
 def softmax(o: Opener) -> Tensor:
     x = o.tensor(0)
     axes = _softmax_axes(o, len(x.shape))
-    exponentials = (x - x.reduce(Op.MAX, axes)).call(Op.EXP)
+    exponentials = (x - x.reduce(Op.MAX, axes)).call(Op.EXP_NONPOSITIVE)
     return exponentials / exponentials.reduce(Op.ADD, axes)
 
 
@@ -129,7 +129,7 @@ def log_softmax(o: Opener) -> Tensor:
     x = o.tensor(0)
     axes = _softmax_axes(o, len(x.shape))
     shifted = x - x.reduce(Op.MAX, axes)
-    return shifted - shifted.call(Op.EXP).reduce(Op.ADD, axes).call(Op.LOG)
+    return shifted - shifted.call(Op.EXP_NONPOSITIVE).reduce(Op.ADD, axes).call(Op.LOG)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -99,6 +99,13 @@ AF_INLINE float af_expf(float x) {
   return x > 89.0f ? INFINITY : y;
 }
 
+/* e^x for x <= 0, or NaN; 1.03 ulp.  What would be denormal is 0, so that one step scales it. */
+AF_INLINE float af_exp_nonpositivef(float x) {
+  const af_reduced at = af_reduce_exp(x);
+  const float y = (1.0f + af_expm1_of_reduced(at.r)) * af_power_of_two(at.n);
+  return -87.3f > x ? 0.0f : y;
+}
+
 /* e^x - 1 for -25 <= x <= 88 and NaN: with t = 2^(n-1), 2 (t (e^r - 1) + (t - 1/2)). */
 AF_INLINE float af_expm1_in_range(float x) {
   const af_reduced at = af_reduce_exp(x);
@@ -123,9 +130,9 @@ AF_INLINE float af_tanhf(float x) {
   return __builtin_copysignf(y, x);
 }
 
-/* 1 / (1 + e^-x); 2.36 ulp.  Computed from e^-|x| so that small results keep their precision. */
+/* 1 / (1 + e^-x); 2.36 ulp.  Computed from e^-|x| so that small results keep their precision, unless denormal. */
 AF_INLINE float af_sigmoidf(float x) {
-  const float e = af_expf(-__builtin_fabsf(x));
+  const float e = af_exp_nonpositivef(-__builtin_fabsf(x));
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
@@ -207,9 +214,9 @@ AF_INLINE float af_log1pf(float x) {
   return x < -1.0f ? NAN : y;
 }
 
-/* ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|); 1.64 ulp. */
+/* ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|); 1.64 ulp, and 0 where it would be denormal. */
 AF_INLINE float af_softplusf(float x) {
-  return (x > 0.0f ? x : 0.0f) + af_log1p_in_range(af_expf(-__builtin_fabsf(x)));
+  return (x > 0.0f ? x : 0.0f) + af_log1p_in_range(af_exp_nonpositivef(-__builtin_fabsf(x)));
 }
 
 /* ----------------------------------------------------------------------------------------- the power */
@@ -348,6 +355,7 @@ AF_INLINE uint16_t af_float_to_bfloat16(float x) {
 
 /* The C library's: within 1 or 2 ulp, not vectorised. */
 AF_INLINE double af_exp(double x) { return exp(x); }
+AF_INLINE double af_exp_nonpositive(double x) { return exp(x); }
 AF_INLINE double af_expm1(double x) { return expm1(x); }
 AF_INLINE double af_log(double x) { return log(x); }
 AF_INLINE double af_log1p(double x) { return log1p(x); }

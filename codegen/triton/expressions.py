@@ -33,7 +33,8 @@ _INFIX = {
     Op.EQ: "==", Op.LT: "<", Op.LE: "<=",
 }  # fmt: skip
 _FUNCTIONS = {
-    Op.EXP: "tl.exp", Op.LOG: "tl.log", Op.ERF: "tl.erf", Op.SIGMOID: "tl.sigmoid",
+    Op.EXP: "tl.exp", Op.EXP_NONPOSITIVE: "tl.exp",
+    Op.LOG: "tl.log", Op.ERF: "tl.erf", Op.SIGMOID: "tl.sigmoid",
     Op.SIN: "tl.sin", Op.COS: "tl.cos", Op.FLOOR: "tl.floor", Op.CEIL: "tl.ceil",
     Op.SOFTPLUS: "af.softplus", Op.ROUND: "libdevice.rint", Op.POW: "libdevice.pow",
     Op.EXPM1: "libdevice.expm1", Op.LOG1P: "libdevice.log1p", Op.TANH: "libdevice.tanh",
