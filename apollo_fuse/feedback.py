@@ -107,10 +107,10 @@ def _cuts(micro_graph: MicroGraph) -> frozenset[tuple[int, int]]:
 
 
 def _halves(operators: Sequence[Operator], edges: Sequence[tuple[int, int]]) -> frozenset[tuple[int, int]]:
-    """The edges between two parts of the operators: those of the middle third that the fewest edges cross."""
+    """The edges between two parts of the operators: the fewest in the middle third, nearest its middle."""
     places = [o.position for o in operators]
-    third = len(places) // 3
-    points = places[max(third, 1) : max(len(places) - third, 2)]
-    crossing = ([(a, b) for a, b in edges if a < point <= b] for point in points)
+    third, middle = len(places) // 3, len(places) // 2
+    cuts = sorted(range(max(third, 1), max(len(places) - third, 2)), key=lambda cut: abs(cut - middle))
+    crossing = ([(a, b) for a, b in edges if a < places[cut] <= b] for cut in cuts)
     fewest = min((found for found in crossing if found), key=lambda found: len(found), default=edges)
     return frozenset(fewest)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from apollo_fuse.graph import Refused, Value
 from apollo_fuse.kernel import AtMost, Kernel, KernelGroup, work
 from apollo_fuse.passes.cascade_sums import cascade_sums
+from apollo_fuse.passes.fission_lanes import fission_lanes
 from apollo_fuse.passes.loop_fusion import Fused
 from apollo_fuse.passes.memory_stitching import Overflow, shared_tensors
 from apollo_fuse.passes.recompute import recompute
@@ -35,7 +36,7 @@ class LowerScop:
         lowered = self._formed(scop)
         if isinstance(lowered, Refused):
             return lowered
-        kernels = tuple(map(cascade_sums, lowered.group.kernels))
+        kernels = tuple(fission_lanes(cascade_sums(kernel)) for kernel in lowered.group.kernels)
         return replace(lowered, group=replace(lowered.group, kernels=kernels))
 
     def _formed(self, scop: Scop) -> Lowered | Refused:

@@ -1,0 +1,195 @@
+"""Parts long lane loops, so that a processor has several of their iterations under way (loop fission).
+
+Operations that need each other wait for each other: a processor hides that behind other iterations, of which
+it sees a few hundred instructions ahead.  A loop whose body is about as long runs at the speed of its longest
+chain.  So it becomes several loops, which hand values on through on-chip memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Apply, Block, BlockBuilder, Load
+from apollo_fuse.index import Index
+from apollo_fuse.kernel import Buffer, Compute, Kernel, Loop, LoopKind, Scope, Step, Target, walk
+
+BODY = 20
+"""Cheap operations of a body (`Block.cost`): 60 instructions or fewer, a function of 10 being 20 to 35."""
+_MOST_BYTES = 64 * 1024  # that one loop's parts hand on, to stay in the nearer caches
+
+
+def fission_lanes(kernel: Kernel) -> Kernel:
+    """The kernel with each lane loop of more than twice `BODY` in parts."""
+    fission = _Fission(kernel)
+    body = fission.steps(kernel.body)
+    kept = tuple(b for b in kernel.buffers if b.name not in fission.widened)
+    return replace(kernel, buffers=(*kept, *fission.buffers), body=body)
+
+
+@dataclass(slots=True)
+class _Fission:
+    """`buffers` are those of the parts; `widened` are scalars of a lane, each a buffer of all lanes now."""
+
+    kernel: Kernel
+    buffers: list[Buffer] = field(default_factory=list)
+    widened: set[str] = field(default_factory=set)
+
+    def steps(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        result: list[Step] = []
+        for step in steps:
+            if not isinstance(step, Loop):
+                result.append(step)
+            elif (parts := self._parts(step)) is not None:
+                result += parts
+            else:
+                result.append(replace(step, body=self.steps(step.body)))
+        return tuple(result)
+
+    def _parts(self, loop: Loop) -> list[Step] | None:
+        """The loop as several; lanes are independent, so that each may run after all of the one before.
+
+        None where it is short, or what they would hand on is too much.
+        """
+        lanes = loop.iterator.extent.constant
+        computes = _long_body(loop)
+        if lanes is None or computes is None:
+            return None
+        lane, slots = Index.of(loop.iterator), _Slots(f"part{len(self.buffers)}", loop.iterator.extent)
+        short = [part for compute in computes for part in _shorter(compute, lane, slots)]
+        if sum(lanes * max(4, b.dtype.compute.size) for b in slots.buffers) > _MOST_BYTES:
+            return None
+        self.buffers += slots.buffers
+        bodies: list[list[Compute]] = [[]]
+        cost = 0
+        for part in short:
+            if bodies[-1] and cost + part.block.cost > BODY:
+                bodies.append([])
+                cost = 0
+            bodies[-1].append(part)
+            cost += part.block.cost
+        return self._widen([replace(loop, body=tuple(body)) for body in bodies], lane)
+
+    def _widen(self, loops: list[Loop], lane: Index) -> list[Step]:
+        """The loops with a place for each lane in every scalar that passes from one to another."""
+        local = {b.name: b for b in self.kernel.buffers if b.scope is not Scope.GLOBAL and b.size.is_one}
+        mentions: dict[str, set[int]] = {}
+        for number, loop in enumerate(loops):
+            for step in walk(loop.body):
+                if isinstance(step, Compute):
+                    names = {t.buffer for t in step.targets} | {load.tensor for load in step.block.loads}
+                    for name in names & local.keys():
+                        mentions.setdefault(name, set()).add(number)
+        written = {t.buffer for loop in loops for s in loop.body if isinstance(s, Compute) for t in s.targets}
+        crossing = {name for name, places in mentions.items() if len(places) > 1 and name in written}
+        for name in crossing:
+            self.widened.add(name)
+            self.buffers.append(replace(local[name], size=loops[0].iterator.extent, scope=Scope.SHARED))
+        return [replace(loop, body=tuple(_at(step, crossing, lane) for step in loop.body)) for loop in loops]
+
+
+@dataclass(slots=True)
+class _Slots:
+    """Buffers of all lanes for values that pass from part to part; those of dead values are taken again."""
+
+    prefix: str
+    lanes: Index
+    buffers: list[Buffer] = field(default_factory=list)
+    free: list[Buffer] = field(default_factory=list)
+
+    def take(self, dtype: DType) -> Buffer:
+        found = next((b for b in self.free if b.dtype is dtype), None)
+        if found is not None:
+            self.free.remove(found)
+            return found
+        self.buffers.append(Buffer(f"{self.prefix}_{len(self.buffers)}", dtype, self.lanes, Scope.SHARED))
+        return self.buffers[-1]
+
+
+def _shorter(compute: Compute, lane: Index, slots: _Slots) -> list[Compute]:
+    """The statement as several of about `BODY`, which leave what the next ones need in slots."""
+    left = _Left(compute.block)
+    owned: dict[int, Buffer] = {}
+    parts: list[Compute] = []
+    while (cut := left.cut()) is not None:
+        dead = [place for place in owned if not left.needs(place, cut)]
+        for place in left.live(cut):
+            owned[place] = slots.take(left.block.instructions[place].dtype)
+            target, value = Target(owned[place].name, lane), left.value(place)
+            left.held[place] = Load(target.buffer, (lane,), value.dtype)
+            parts.append(Compute(f"{compute.statement}p{len(parts)}", value, (target,)))
+        slots.free += [owned.pop(place) for place in dead]  # only now: this part has read them
+        left.done = cut
+    slots.free += owned.values()
+    return [*parts, replace(compute, block=left.value(len(left.block.instructions) - 1))]
+
+
+@dataclass(slots=True)
+class _Left:
+    """A block whose instructions before `done` are computed; `held` are reads of those that are kept."""
+
+    block: Block
+    done: int = 0
+    held: dict[int, Load] = field(default_factory=dict)
+
+    def cut(self) -> int | None:
+        """Where the next part ends: where it is neither long nor short, and the fewest values are live."""
+        cost, best, fewest = 0, None, None
+        for place in range(self.done, len(self.block.instructions)):
+            cost += Block((self.block.instructions[place],)).cost
+            if cost > BODY and best is not None:
+                return best
+            if 2 * cost > BODY:
+                live = len(self.live(place + 1))
+                if fewest is None or live <= fewest:
+                    best, fewest = place + 1, live
+        return None
+
+    def live(self, cut: int) -> list[int]:
+        """Results of the part before `cut` that are needed behind it, other than what can be read again."""
+        found: dict[int, None] = {}
+        for item in self.block.instructions[cut:]:
+            if isinstance(item, Apply):
+                for place in item.operands:
+                    if self.done <= place < cut and isinstance(self.block.instructions[place], Apply):
+                        found[place] = None
+        return sorted(found)
+
+    def needs(self, place: int, cut: int) -> bool:
+        """Whether a result is read behind `cut`."""
+        return any(isinstance(x, Apply) and place in x.operands for x in self.block.instructions[cut:])
+
+    def value(self, place: int) -> Block:
+        """The instruction at a place, from inputs and what is held."""
+        builder = BlockBuilder()
+        places: dict[int, int] = {}
+
+        def build(number: int) -> int:
+            if number not in places:
+                item = self.held.get(number, self.block.instructions[number])
+                if isinstance(item, Apply):
+                    item = Apply(item.op, tuple(build(o) for o in item.operands), item.dtype)
+                places[number] = builder.add(item)
+            return places[number]
+
+        return builder.build_at(build(place))
+
+
+def _long_body(loop: Loop) -> list[Compute] | None:
+    """The statements of a lane loop that is to be parted."""
+    if loop.kind is not LoopKind.LANE:
+        return None
+    computes = [step for step in loop.body if isinstance(step, Compute) and step.combine is None]
+    long = sum(compute.block.cost for compute in computes) > 2 * BODY
+    return computes if long and len(computes) == len(loop.body) else None
+
+
+def _at(step: Step, widened: set[str], lane: Index) -> Step:
+    """The step with the lane's own place in each of these buffers."""
+    assert isinstance(step, Compute), "a body of statements alone"
+    instructions = (
+        replace(item, indices=(lane,)) if isinstance(item, Load) and item.tensor in widened else item
+        for item in step.block.instructions
+    )
+    targets = (Target(t.buffer, lane) if t.buffer in widened else t for t in step.targets)
+    return replace(step, block=Block(tuple(instructions)), targets=tuple(targets))
