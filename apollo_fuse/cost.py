@@ -187,8 +187,8 @@ def _launch(works: Sequence[Work], machine: Machine, threads: int) -> Cost:
 
 
 def _on_gpu(works: Sequence[Work], machine: Machine, gpu: Gpu, block: Block) -> Cost:
-    """Items are blocks, lanes their threads; rates are those of all multiprocessors together."""
-    share = reached(gpu, block, sum(work.items for work in works))
+    """Blocks compute items, threads lanes; rates are those of all multiprocessors together."""
+    share = reached(gpu, block, sum(-(-work.items // block.items) for work in works))
     core = sum(_core(stretch, machine)[0] for work in works for stretch in work.stretches)
     moved = _moved(works, machine, gpu.multiprocessors)
     memory = {

@@ -128,4 +128,4 @@ def _report(
 
 
 def _block(binary: Binary) -> Block:
-    return Block(binary.threads, binary.registers, binary.shared_bytes)
+    return Block(binary.threads, binary.registers, binary.shared_bytes, binary.items)

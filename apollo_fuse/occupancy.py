@@ -20,11 +20,15 @@ As Volkov found for streams with some independent loads a thread ("Understanding
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block of threads as compiled: registers are those of one thread, shared those of the block."""
+    """One block of threads as compiled: registers are those of one thread, shared those of the block.
+
+    It computes `items` work items.
+    """
 
     threads: int = 128
     registers: int = 32
     shared_bytes: int = 0
+    items: int = 1
 
 
 def blocks_at_once(gpu: Gpu, block: Block) -> int:
@@ -43,10 +47,10 @@ def occupancy(gpu: Gpu, block: Block) -> float:
     return blocks_at_once(gpu, block) * block.threads / gpu.most_threads
 
 
-def reached(gpu: Gpu, block: Block, items: int) -> float:
+def reached(gpu: Gpu, block: Block, blocks: int) -> float:
     """The share of the peak rates that so many blocks reach: by latency, and by the last wave of blocks."""
     at_once = blocks_at_once(gpu, block) * gpu.multiprocessors
-    if not at_once or not items:
+    if not at_once or not blocks:
         return 0.0
-    waves = -(-items // at_once)
-    return min(1.0, items / (waves * at_once) * occupancy(gpu, block) / HIDING)
+    waves = -(-blocks // at_once)
+    return min(1.0, blocks / (waves * at_once) * occupancy(gpu, block) / HIDING)

@@ -87,7 +87,7 @@ class Interpreter:
                 tuple((b.dtype.compute, number(launch.items * b.size)) for b in launch.scratch),
                 tuple(sizes[Symbol(name)] for name in launch.extents),
                 launch.block if launch.block is None or block is None else block,
-                number(launch.items),
+                -(-number(launch.items) // launch.rows),
             )
             for launch in program.launches
             if launch.form == form or not group.forms
@@ -153,7 +153,7 @@ def _begin() -> None:
         """The interpreter calls a function of ours for each element, one after the other."""
         if self.combine_fn not in extremes:
             return generic(self, blocks)
-        found = extremes[self.combine_fn](blocks[0].handle.data, axis=self.axis)
+        found = extremes[self.combine_fn](blocks[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
         return [self.to_tensor(found, blocks[0].dtype)]
 
     ReduceOps.generic_reduce = reduce

@@ -18,6 +18,7 @@ from hypothesis import given, note, settings
 
 from apollo_fuse.acceptance import needed_values
 from apollo_fuse.capture import capture
+from apollo_fuse.codegen.triton import blocks
 from apollo_fuse.codegen.triton.emit import Program, emit
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Load, Op
@@ -78,7 +79,11 @@ def check_kernels(
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_the_kernels_of_a_builder_agree(name: str, interpreter: Interpreter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("programs", [1, 512])
+def test_the_kernels_of_a_builder_agree(
+    programs: int, name: str, interpreter: Interpreter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_PROGRAMS", programs)  # for 1, items lie side by side in all of them
     model = small(name)
     assert check_kernels(interpreter, model, small_feeds(name, model), tmp_path, block=4)
 

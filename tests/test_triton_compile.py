@@ -6,9 +6,11 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 from elftools.elf.elffile import ELFFile
 
+import models
 from apollo_fuse.codegen.triton.compile import Job, compile_kernels
 from apollo_fuse.codegen.triton.emit import Launch
 from apollo_fuse.dtypes import DType
@@ -33,13 +35,17 @@ SPILLING = HEAD + (
 
 def jobs(folder: Path) -> list[Job]:
     """A chain of reductions with forms and gathers, and a kernel with functions of libdevice."""
+    chain, functions = chains.cross_entropy("rows", 100), memory_bound.gelu_tanh("rows", 64)
+    return [*jobs_of(chain, folder), *jobs_of(functions, folder)]
+
+
+def jobs_of(model: onnx.ModelProto, folder: Path) -> list[Job]:
+    """Every kernel that the model can have."""
     found: list[Job] = []
-    for model in (chains.cross_entropy("rows", 100), memory_bound.gelu_tanh("rows", 64)):
-        _, candidates = candidates_of(model, folder)
-        for candidate in candidates:
-            group, program = candidate.group, emitted(candidate)
-            types = {v.name: v.dtype for v in (*group.inputs, *group.outputs, *group.temporaries)}
-            found += [Job(program.text, launch, types) for launch in program.launches]
+    for candidate in candidates_of(model, folder)[1]:
+        group, program = candidate.group, emitted(candidate)
+        types = {v.name: v.dtype for v in (*group.inputs, *group.outputs, *group.temporaries)}
+        found += [Job(program.text, launch, types) for launch in program.launches]
     return found
 
 
@@ -94,6 +100,16 @@ def test_what_a_thread_has_no_register_for_is_counted(
     (job, *_) = jobs(tmp_path)
     few, many = compile_kernels([spilling(job.launch, size, w) for w in (1, 8)], target, binaries, 2)
     assert few.spills > 0 and many.spills == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.names())
+def test_every_kernel_of_the_model_set_is_compiled_and_spills_nothing(
+    name: str, tmp_path: Path, binaries: Path
+) -> None:
+    every = jobs_of(models.load(name), tmp_path)
+    for binary, job in zip(compile_kernels(every, GpuTarget("cuda", "90"), binaries, 2), every, strict=True):
+        assert binary.spills == 0, job.text
 
 
 def test_what_triton_refuses_names_the_kernel_and_the_target(tmp_path: Path, binaries: Path) -> None:

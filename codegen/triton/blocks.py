@@ -13,26 +13,126 @@ from dataclasses import dataclass, replace
 
 from apollo_fuse.expressions import Op
 from apollo_fuse.index import Index
-from apollo_fuse.kernel import Buffer, Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
+from apollo_fuse.kernel import (
+    Buffer,
+    Compute,
+    Copy,
+    Initialise,
+    Kernel,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    Target,
+    walk,
+)
 
 WHOLE = 16384
 """Elements of the longest block: 16 for each thread of the largest group of threads."""
 BLOCK = 1024
 """Elements of the blocks that go over a longer axis."""
 _LANES = 256  # elements of a block for each warp, 8 a thread
+_MOST_ROWS = 64
+_PROGRAMS = 512  # that rows leave, so that all multiprocessors have some
 
 
 def block_of(loop: Loop) -> int | None:
     """Elements of the one block that is the whole lane loop; None where it takes several."""
     known = loop.iterator.extent.constant
-    return None if known is None or known > WHOLE else 1 << max(0, known - 1).bit_length()
+    return None if known is None or known > WHOLE else rounded_up(known)
 
 
-def warps_for(kernel: Kernel) -> int:
+def rounded_up(length: int) -> int:
+    """To a power of two, as all blocks are."""
+    return 1 << max(0, length - 1).bit_length()
+
+
+def warps_for(kernel: Kernel, rows: int) -> int:
     """Warps of a program, by the longest block that it computes with."""
-    lanes = [loop for loop, _ in _loops(kernel.body, ()) if loop.kind is LoopKind.LANE]
-    longest = max((block_of(loop) or BLOCK for loop in lanes), default=1)
-    return min(32, max(1, longest // _LANES))
+    return min(32, max(1, rows * _longest(kernel) // _LANES))
+
+
+def rows_for(kernel: Kernel) -> int:
+    """Items that one program computes side by side, as the rows of its blocks, so that short ones fill warps.
+
+    Loops have to be as long for all of them, and no memory may be both read and written.
+    """
+    loops = list(_loops(kernel.body))
+    lanes = [loop for loop in loops if loop.kind is LoopKind.LANE]
+    grid = set(kernel.grid)
+    lengths = [i for loop in loops for i in (loop.iterator.extent, loop.limit) if i is not None]
+    read, written = _tensors(kernel)
+    if (
+        not lanes
+        or not grid
+        or any(block_of(loop) is None for loop in lanes)
+        or any(are_rows(loop) for loop in loops)
+        or any(grid & length.iterators() for length in lengths)
+        or any(not grid & target.offset.iterators() for target in written)
+        or read & {target.buffer for target in written}
+    ):
+        return 1
+    most = min(_MOST_ROWS, BLOCK // _longest(kernel))
+    known = kernel.items.constant
+    if known is not None:
+        most = min(most, known // _PROGRAMS)
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def are_rows(loop: Loop) -> bool:
+    """Whether the loop and the lanes in it are the two axes of one block: what moves elements between both.
+
+    Reads that run along one and writes that run along the other can then both run along memory.  No turn of
+    the loop may read what another wrote.
+    """
+    known = loop.iterator.extent.constant
+    match loop.kind, loop.body:
+        case LoopKind.SEQUENTIAL, (Loop() as lanes,) if lanes.kind is LoopKind.LANE and known is not None:
+            size = block_of(lanes)
+        case _:
+            return False
+    targets: list[Target] = []
+    read: set[str] = set()
+    for step in lanes.body:
+        if not isinstance(step, Compute) or step.combine is not None:
+            return False
+        targets += step.targets
+        read |= {load.tensor for load in step.block.loads}
+    axes = {loop.iterator, lanes.iterator}
+    even = lanes.limit is None or loop.iterator not in lanes.limit.iterators()
+    small = size is not None and 2 <= known <= _MOST_ROWS and known * size <= 4 * BLOCK
+    apart = all(axes <= target.offset.iterators() and target.buffer not in read for target in targets)
+    return even and small and apart
+
+
+def _longest(kernel: Kernel) -> int:
+    """Elements of the longest block that an item is computed with."""
+
+    def elements(loop: Loop) -> int:
+        if loop.kind is LoopKind.LANE:
+            return block_of(loop) or BLOCK
+        rows = loop.iterator.extent.constant or 1
+        return rounded_up(rows) * max(map(elements, _loops(loop.body))) if are_rows(loop) else 1
+
+    return max(map(elements, _loops(kernel.body)), default=1)
+
+
+def _tensors(kernel: Kernel) -> tuple[set[str], list[Target]]:
+    """The tensors that the kernel reads, and the elements that it writes."""
+    local = {b.name for b in kernel.buffers if b.scope is not Scope.GLOBAL}
+    read: set[str] = set()
+    written: list[Target] = []
+    for step in walk(kernel.body):
+        match step:
+            case Compute(_, block, targets, _):
+                read |= {load.tensor for load in block.loads}
+                written += targets
+            case Copy(source, target):
+                read.add(source.buffer)
+                written.append(target)
+            case Loop() | Initialise():
+                pass
+    return read - local, [target for target in written if target.buffer not in local]
 
 
 def with_folds_in_lanes(kernel: Kernel) -> Kernel:
@@ -111,11 +211,8 @@ def _mentions(steps: tuple[Step, ...], around: tuple[Loop, ...]) -> Generator[_M
                     yield _Mention(target, around)
 
 
-def _loops(steps: tuple[Step, ...], around: tuple[Loop, ...]) -> Generator[tuple[Loop, tuple[Loop, ...]]]:
-    for step in steps:
-        if isinstance(step, Loop):
-            yield step, around
-            yield from _loops(step.body, (*around, step))
+def _loops(steps: tuple[Step, ...]) -> Generator[Loop]:
+    yield from (step for step in walk(steps) if isinstance(step, Loop))
 
 
 def folded_by(loop: Loop) -> dict[str, tuple[Op, str]]:

@@ -46,12 +46,13 @@ class Job:
 class Binary:
     """A compiled kernel.
 
-    threads: of a block. registers: of a thread, 32 bits each. spills: bytes that a thread has no register for
-    and writes to memory. shared_bytes: of a block.
+    threads, items: of a block. registers: of a thread, 32 bits each. spills: bytes that a thread has no
+        register for and writes to memory. shared_bytes: of a block.
     """
 
     path: Path
     threads: int
+    items: int
     registers: int
     spills: int
     shared_bytes: int
@@ -85,7 +86,7 @@ def compile_kernels(jobs: Sequence[Job], target: GpuTarget, cache: Path, workers
         shares = [list(missing.items())[start::workers] for start in range(min(workers, len(missing)))]
         with ThreadPoolExecutor(len(shares)) as pool:
             list(pool.map(_compile, shares))
-    return [_read(place, description) for place, description in zip(places, described, strict=True)]
+    return [_read(*found) for found in zip(places, jobs, described, strict=True)]
 
 
 def _description(job: Job, target: GpuTarget) -> dict[str, object]:
@@ -164,8 +165,9 @@ def _facts(place: Path) -> Path:
     return place.with_suffix(".json")
 
 
-def _read(place: Path, description: Mapping[str, object]) -> Binary:
+def _read(place: Path, job: Job, description: Mapping[str, object]) -> Binary:
     facts = json.loads(_facts(place).read_text())
     warps, warp = description["warps"], description["warp"]
     assert isinstance(warps, int) and isinstance(warp, int)
-    return Binary(place, warps * warp, facts["registers"], facts["spills"], facts["shared_bytes"])
+    known = (facts[name] for name in ("registers", "spills", "shared_bytes"))
+    return Binary(place, warps * warp, job.launch.rows, *known)

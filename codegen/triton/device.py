@@ -26,19 +26,19 @@ def _multiply(a, b):
 
 
 @triton.jit
-def greatest(x):
+def greatest(x, axis: tl.constexpr, keep_dims: tl.constexpr = False):
     """The maximum of a block of floats; `tl.max` would pass over NaNs."""
-    return tl.reduce(x, 0, maximum)
+    return tl.reduce(x, axis, maximum, keep_dims=keep_dims)
 
 
 @triton.jit
-def least(x):
-    return tl.reduce(x, 0, minimum)
+def least(x, axis: tl.constexpr, keep_dims: tl.constexpr = False):
+    return tl.reduce(x, axis, minimum, keep_dims=keep_dims)
 
 
 @triton.jit
-def product(x):
-    return tl.reduce(x, 0, _multiply)
+def product(x, axis: tl.constexpr, keep_dims: tl.constexpr = False):
+    return tl.reduce(x, axis, _multiply, keep_dims=keep_dims)
 
 
 @triton.jit

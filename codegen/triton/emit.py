@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apollo_fuse.codegen.interface import IndexCheck, index_checks
-from apollo_fuse.codegen.triton.blocks import BLOCK, local_values, warps_for, with_folds_in_lanes
+from apollo_fuse.codegen.triton.blocks import BLOCK, local_values, rows_for, warps_for, with_folds_in_lanes
 from apollo_fuse.codegen.triton.writer import NotEmitted, Writer
 from apollo_fuse.graph import Refused
-from apollo_fuse.index import ONE, Index, Iterator
+from apollo_fuse.index import Index
 from apollo_fuse.kernel import Buffer, Kernel, KernelGroup, Scope, buffers_of
 
 RULE = "codegen.triton"
@@ -31,8 +31,9 @@ from apollo_fuse.codegen.triton import device as af
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a kernel is started: as `items` programs, in the runs that take `form` of the group.
+    """How a kernel is started, for all its `items`, in the runs that take `form` of the group.
 
+    A program computes `rows` items, the last one maybe fewer.
     Its arguments are the addresses of `tensors` and of `scratch`, which has room for each program, then the
     `extents` as 64-bit integers. `block` is the length of BLOCK, None where the kernel has none.
     """
@@ -43,6 +44,7 @@ class Launch:
     extents: tuple[str, ...]
     block: int | None
     warps: int
+    rows: int
     items: Index
     form: int
 
@@ -87,7 +89,8 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
     owners = {b.name: _owner(kernel, b, values) for b in kernel.buffers if b.name not in values}
     scratch = tuple(b for b in kernel.buffers if b.scope is not Scope.GLOBAL and owners.get(b.name) == b.name)
     writer = Writer(kernel, values, owners, _is_wide(kernel, scratch))
-    program = _grid(writer, kernel.grid)
+    rows = rows_for(kernel) if not scratch else 1
+    program = writer.program(rows)
     for buffer in scratch:
         writer.place(buffer, f"{buffer.name} + {program} * {writer.factor(buffer.size)}")
     for buffer in kernel.buffers:
@@ -99,13 +102,12 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
     tensors = tuple(v.name for v in every if v.name in used)
     extents = tuple(e.symbol.name for e in group.extents if e.symbol.name in writer.extents)
     block = BLOCK if writer.has_block else None
-    launch = Launch(
-        kernel.name, tensors, scratch, extents, block, warps_for(kernel), kernel.items, kernel.form
-    )
+    warps = warps_for(kernel, rows)
+    launch = Launch(kernel.name, tensors, scratch, extents, block, warps, rows, kernel.items, kernel.form)
     constants = () if block is None else ("BLOCK: tl.constexpr",)
     parameters = ", ".join((*tensors, *(b.name for b in scratch), *extents, *constants))
     head = f"@triton.jit\ndef {kernel.name}({parameters}):\n"
-    lines = [f'    """{_taken(group, kernel)}"""', *writer.lines]
+    lines = [f'    """{_taken(group, kernel, rows)}"""', *writer.lines]
     return head + "\n".join(lines) + "\n", launch
 
 
@@ -119,12 +121,13 @@ def _place_in_host(writer: Writer, kernel: Kernel, buffer: Buffer) -> None:
     writer.place(buffer, writer.places.get(host.name, host.name) + base)
 
 
-def _taken(group: KernelGroup, kernel: Kernel) -> str:
-    """How many programs there are, and in which runs."""
+def _taken(group: KernelGroup, kernel: Kernel, rows: int) -> str:
+    """How many items there are, and in which runs."""
     conditions = [f"not {condition}" for condition in group.forms[: kernel.form]]
     conditions += [str(condition) for condition in group.forms[kernel.form : kernel.form + 1]]
     where = f", where {' and '.join(conditions)}" if conditions else ""
-    return f"Programs: {kernel.items}{where}."
+    each = "" if rows == 1 else f", {rows} in each program"
+    return f"Items: {kernel.items}{each}{where}."
 
 
 def _owner(kernel: Kernel, buffer: Buffer, values: frozenset[str]) -> str:
@@ -140,21 +143,3 @@ def _is_wide(kernel: Kernel, scratch: Sequence[Buffer]) -> bool:
     sizes = [b.size for b in kernel.buffers if b.scope is Scope.GLOBAL]
     sizes += [kernel.items, *(kernel.items * b.size for b in scratch)]
     return any(size.constant is None or size.constant >= _LARGE for size in sizes)
-
-
-def _grid(writer: Writer, grid: tuple[Iterator, ...]) -> str:
-    """The axes of a program, the last one running fastest; gives the name of its number."""
-    own = "tl.program_id(0)" + (".to(tl.int64)" if writer.wide else "")
-    if len(grid) == 1:
-        writer.line(f"{grid[0].name} = {own}")
-        return grid[0].name
-    if grid:
-        writer.line(f"program = {own}")
-    inner = ONE
-    for place in range(len(grid) - 1, -1, -1):
-        axis = grid[place]
-        quotient = "program" if inner.is_one else f"program // {writer.factor(inner)}"
-        rest = "" if place == 0 else f" % {writer.factor(axis.extent)}"
-        writer.line(f"{axis.name} = {quotient}{rest}")
-        inner = inner * axis.extent
-    return "program" if grid else "0"

@@ -108,20 +108,21 @@ def combine(op: Op, dtype: DType, left: str, right: str) -> str:
             return f"tl.{extreme}({left}, {right})"
 
 
-def reduce(op: Op, dtype: DType, block: str) -> str:
-    """All values of a block combined."""
+def reduce(op: Op, dtype: DType, block: str, in_rows: bool) -> str:
+    """All values of a block combined, or of each of its rows."""
     extreme = "max" if op is Op.MAX else "min"
+    axis = "1, keep_dims=True" if in_rows else "0"
     match op:
         case Op.ADD:
-            return _narrow(dtype, f"tl.sum({block}, 0)")
+            return _narrow(dtype, f"tl.sum({block}, {axis})")
         case Op.MUL:
-            return f"af.product({block})"
+            return f"af.product({block}, {axis})"
         case _ if dtype.is_float:
-            return f"af.{'greatest' if op is Op.MAX else 'least'}({block})"
+            return f"af.{'greatest' if op is Op.MAX else 'least'}({block}, {axis})"
         case _ if dtype is DType.BOOL:
-            return f"(tl.{extreme}({block}.to(tl.int32), 0) != 0)"
+            return f"(tl.{extreme}({block}.to(tl.int32), {axis}) != 0)"
         case _:
-            return _narrow(dtype, f"tl.{extreme}({block}, 0)")
+            return _narrow(dtype, f"tl.{extreme}({block}, {axis})")
 
 
 def apply(op: Op, operands: tuple[str, ...], constants: tuple[Constant | None, ...], source: DType) -> str:

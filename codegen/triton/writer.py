@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from apollo_fuse.codegen.triton import expressions as t
 from apollo_fuse.codegen.triton.barriers import Barriers, shared_memory
-from apollo_fuse.codegen.triton.blocks import block_of, folded_by
+from apollo_fuse.codegen.triton.blocks import are_rows, block_of, folded_by, rounded_up
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
-from apollo_fuse.index import Index, Indirect, Iterator
+from apollo_fuse.index import ONE, Index, Indirect, Iterator
 from apollo_fuse.kernel import Buffer, Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
 
 
@@ -20,11 +20,14 @@ class NotEmitted(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Lane:
-    """The block that statements compute; `inside` names which lanes are on the axis, if not all are."""
+class _Axis:
+    """An axis of the block that statements compute, and the iterators that run along it.
 
-    iterator: Iterator
-    block: str
+    size: a number, or BLOCK. inside: names which places lie on the axis, None where all do.
+    """
+
+    iterators: frozenset[Iterator]
+    size: str
     inside: str | None
 
 
@@ -61,7 +64,8 @@ class Writer:
     extents: set[str] = field(default_factory=set)
     has_block: bool = False
     _depth: int = 1
-    _lane: _Lane | None = None
+    _row: _Axis | None = None  # the first axis of two
+    _lane: _Axis | None = None
     _names: _Names = field(default_factory=lambda: _Names())
     _taken: Counter[str] = field(default_factory=Counter)  # how often a name was given
     _varying: set[str] = field(default_factory=set)  # values that are blocks
@@ -74,6 +78,31 @@ class Writer:
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self._depth + text)
+
+    def program(self, rows: int) -> str:
+        """The axes of the grid, the last one running fastest; gives the name of the program's number.
+
+        Of several `rows` there is one item in each.
+        """
+        grid = self.kernel.grid
+        own = "tl.program_id(0)" + (".to(tl.int64)" if self.wide else "")
+        if rows > 1:
+            self.line(f"program = {own} * {rows} + tl.arange(0, {rows})[:, None]")
+            self.line(f"program_inside = program < {self.index(self.kernel.items)}")
+            self._row = _Axis(frozenset(grid), str(rows), "program_inside")
+        elif len(grid) == 1:
+            self.line(f"{grid[0].name} = {own}")
+            return grid[0].name
+        elif grid:
+            self.line(f"program = {own}")
+        inner = ONE
+        for place in range(len(grid) - 1, -1, -1):
+            axis = grid[place]
+            quotient = "program" if inner.is_one else f"program // {self.factor(inner)}"
+            rest = "" if place == 0 else f" % {self.factor(axis.extent)}"
+            self.line(f"{axis.name} = {quotient}{rest}")
+            inner = inner * axis.extent
+        return "program" if grid else "0"
 
     def place(self, buffer: Buffer, start: str) -> None:
         """Gives the program's own part of memory a name."""
@@ -127,6 +156,9 @@ class Writer:
         if loop.kind is LoopKind.LANE:
             self._lanes(loop)
             return
+        if are_rows(loop) and self._row is None:
+            self._rows(loop)
+            return
         if loop.kind is LoopKind.UNROLLED:
             self.line(f"for {name} in tl.static_range({extent.constant}):")
             with self._scope(1):
@@ -156,26 +188,49 @@ class Writer:
             with self._scope(1):
                 self.line(f"{name} = {name}_start + tl.arange(0, BLOCK)")
                 self.line(f"{name}_inside = {name} < {end}")
-                self._in_lane(_Lane(loop.iterator, "BLOCK", f"{name}_inside"), loop)
+                self._in_lane(_Axis(frozenset({loop.iterator}), "BLOCK", f"{name}_inside"), loop)
             self._end_folding(folded)
             return
         ends = [end for end in ends if end.constant != whole]
         inside = f"{name}_inside" if ends else None
         if loop.iterator not in self._names.lanes:
             self._names.lanes.add(loop.iterator)
-            cast = ".to(tl.int64)" if self.wide else ""
-            self.line(f"{name} = tl.arange(0, {whole}){cast}")
+            across = "[None, :]" if self._row is not None else ""
+            self.line(f"{name} = tl.arange(0, {whole}){across}{self._cast}")
             if inside is not None:
                 self.line(f"{inside} = {name} < {self._least(ends)}")
-        self._in_lane(_Lane(loop.iterator, str(whole), inside), loop)
+        self._in_lane(_Axis(frozenset({loop.iterator}), str(whole), inside), loop)
+
+    def _rows(self, loop: Loop) -> None:
+        """The loop as the first axis of blocks, of which the lanes in it are the second."""
+        name, size = loop.iterator.name, rounded_up(loop.iterator.extent.constant or 1)
+        ends = [loop.iterator.extent] if loop.limit is None else [loop.iterator.extent, loop.limit]
+        ends = [end for end in ends if end.constant != size]
+        self.line(f"{name} = tl.arange(0, {size})[:, None]{self._cast}")
+        if ends:
+            self.line(f"{name}_inside = {name} < {self._least(ends)}")
+        self._row = _Axis(frozenset({loop.iterator}), str(size), f"{name}_inside" if ends else None)
+        with self._scope(0):
+            self.steps(loop.body)
+        self._row = None
+
+    @property
+    def _cast(self) -> str:
+        return ".to(tl.int64)" if self.wide else ""
+
+    def _shape(self, lanes: bool) -> str:
+        """Of a value of each row, and of each lane if it has `lanes`."""
+        if self._row is None:
+            return f"({self._lane.size},)" if lanes and self._lane is not None else "()"
+        return f"({self._row.size}, {self._lane.size if lanes and self._lane is not None else 1})"
 
     def _least(self, ends: list[Index]) -> str:
         texts = ", ".join(self.index(end) for end in ends)
         return texts if len(ends) == 1 else f"tl.minimum({texts})"
 
-    def _in_lane(self, lane: _Lane, loop: Loop) -> None:
+    def _in_lane(self, lane: _Axis, loop: Loop) -> None:
         if self._lane is not None:
-            raise NotEmitted("a lane loop lies in another", f"{loop.iterator} in {self._lane.iterator}")
+            raise NotEmitted("a lane loop lies in another", str(loop.iterator))
         self._lane = lane
         with self._scope(0):
             self.steps(loop.body)
@@ -199,15 +254,17 @@ class Writer:
             if name in self.values and self.kernel.buffer(name).size.is_one and name not in self._partial:
                 dtype = self.kernel.buffer(name).dtype
                 self._partial[name] = f"{name}_lanes"
+                shape = f"({block},)" if self._row is None else f"({self._row.size}, {block})"
                 start = t.identity(op, dtype)
-                self.line(f"{name}_lanes = tl.full(({block},), {start}, {t.compute_type(dtype)})")
+                self.line(f"{name}_lanes = tl.full({shape}, {start}, {t.compute_type(dtype)})")
                 folded.append((name, op))
         return folded
 
     def _end_folding(self, folded: list[tuple[str, Op]]) -> None:
         for name, op in folded:
             dtype = self.kernel.buffer(name).dtype.compute
-            self.line(f"{name} = {t.combine(op, dtype, name, t.reduce(op, dtype, self._partial.pop(name)))}")
+            reduced = t.reduce(op, dtype, self._partial.pop(name), self._row is not None)
+            self.line(f"{name} = {t.combine(op, dtype, name, reduced)}")
 
     def _fold(self, target: Target, op: Op, value: str, varies: bool) -> None:
         """Combines a value with an accumulator, of which each lane may have its own."""
@@ -217,21 +274,21 @@ class Writer:
             if lane.inside is not None:
                 value = f"tl.where({lane.inside}, {value}, {t.identity(op, dtype)})"
             elif not varies:
-                value = f"tl.broadcast_to({value}, [{lane.block}])"
+                value = f"tl.broadcast_to({value}, {self._shape(True)})"
             if name in self._partial:
                 partial = self._partial[name]
                 self.line(f"{partial} = {t.combine(op, dtype, partial, value)}")
                 return
-            value = t.reduce(op, dtype, value)
+            value = t.reduce(op, dtype, value, self._row is not None)
         self._write(target, t.combine(op, dtype, self._element(target), value), own)
 
     # -- statements -------------------------------------------------------------------------
 
     def _initialise(self, target: Target, op: Op) -> None:
         dtype = self.kernel.buffer(target.buffer).dtype
-        shape = "()" if self._lane is None or target.offset.is_zero else f"({self._lane.block},)"
-        start = f"tl.full({shape}, {t.identity(op, dtype)}, {t.compute_type(dtype)})"
-        self._write(target, start, shape != "()")
+        lanes = self._lane is not None and not target.offset.is_zero
+        start = f"tl.full({self._shape(lanes)}, {t.identity(op, dtype)}, {t.compute_type(dtype)})"
+        self._write(target, start, lanes)
 
     def _compute(self, step: Compute) -> None:
         self._taken[step.statement] += 1
@@ -292,12 +349,13 @@ class Writer:
     # -- memory -----------------------------------------------------------------------------
 
     def _varies(self, index: Index) -> bool:
-        return self._lane is not None and self._lane.iterator in index.iterators()
+        return self._lane is not None and not self._lane.iterators.isdisjoint(index.iterators())
 
     def _mask(self, index: Index) -> str:
-        if self._lane is None or self._lane.inside is None or not self._varies(index):
-            return ""
-        return f", mask={self._lane.inside}"
+        axes = (axis for axis in (self._row, self._lane) if axis is not None)
+        along = [axis for axis in axes if not axis.iterators.isdisjoint(index.iterators())]
+        masks = [axis.inside for axis in along if axis.inside is not None]
+        return f", mask={' & '.join(masks)}" if masks else ""
 
     def _place(self, target: Target) -> str:
         name, offset = self.places.get(target.buffer, target.buffer), self.index(target.offset)
@@ -319,7 +377,7 @@ class Writer:
         if target.buffer in self.values:
             if not varies and not target.offset.is_zero:
                 assert self._lane is not None, "a block is written by lanes"
-                value, varies = f"tl.broadcast_to({value}, [{self._lane.block}])", True
+                value, varies = f"tl.broadcast_to({value}, {self._shape(True)})", True
             if varies:
                 self._varying.add(target.buffer)
             if value != target.buffer:
