@@ -28,13 +28,21 @@ from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu_kernels import on_gpus
 from apollo_fuse.graph import Value
+from apollo_fuse.index import Symbol
 from apollo_fuse.joining import Joined, join
 from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
 from apollo_fuse.machine import Machine
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan, Planner
 from apollo_fuse.progress import Progress, SilentProgress
-from apollo_fuse.report import CompileSeconds, LatencyReport, LayoutReport, Report, VerificationReport
+from apollo_fuse.report import (
+    CompileSeconds,
+    GpuReport,
+    LatencyReport,
+    LayoutReport,
+    Report,
+    VerificationReport,
+)
 from apollo_fuse.settle import Settle, Settled
 from apollo_fuse.settle_layout import Attempt, faster_layout, layouts
 from apollo_fuse.stitching import Swap, members
@@ -348,7 +356,7 @@ class _Compilation:
 
     def _summary(self, taken: Attempt) -> Summary:
         chosen, settled, sizes = taken.chosen, taken.settled, solve(self.shapes)
-        summary = summarise(
+        return summarise(
             self.path,
             self.output,
             taken.model,
@@ -357,13 +365,15 @@ class _Compilation:
             settled.judgements,
             settled.kept,
             sizes,
+            self._on_gpus(chosen, sizes),
         )
+
+    def _on_gpus(self, chosen: Plan, sizes: Mapping[Symbol, int]) -> dict[str, dict[str, GpuReport]]:
         if not self.options.gpus:
-            return summary
+            return {}
         self.progress.stage("compile for GPUs", None)
         with self._timed("cc"):
-            kernels = on_gpus(summary.kernels, chosen.candidates, sizes, self.options, self.warnings.append)
-        return replace(summary, kernels=kernels)
+            return on_gpus(chosen.kernels, sizes, self.options, self.warnings.append)
 
     def _report(
         self, summary: Summary, taken: Attempt, tried: tuple[LayoutReport, ...], library: Path | None

@@ -6,7 +6,7 @@ what stays in flight, takes one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from apollo_fuse.codegen.triton.compile import Binary, Job, compile_kernels
@@ -21,7 +21,7 @@ from apollo_fuse.index import Symbol
 from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.occupancy import Block, occupancy
 from apollo_fuse.options import Options
-from apollo_fuse.report import GpuReport, KernelReport
+from apollo_fuse.report import GpuReport
 from apollo_fuse.summary import evaluate
 
 _FACTORS = (1.0, 0.5, 2.0)  # times the warps that a kernel is emitted for; the first where several are alike
@@ -37,29 +37,27 @@ class _Compiled:
 
 
 def on_gpus(
-    kernels: Sequence[KernelReport],
-    candidates: Sequence[Candidate],
+    candidates: Iterable[Candidate],
     sizes: Mapping[Symbol, int],
     options: Options,
     warn: Callable[[str], None],
-) -> tuple[KernelReport, ...]:
-    """The reports of all distinct kernels, with what each would be on the GPUs of the target.
+) -> dict[str, dict[str, GpuReport]]:
+    """What each variant of a kernel would be on the GPUs of the target, by their names.
 
-    `candidates` are those that the first reports are of, in the same order; what shares a launch has none of
-    its own. `sizes` are the extents of the run that is predicted.
+    `sizes` are the extents of the run that is predicted.
     """
     distinct: dict[str, Candidate] = {}
     for candidate in candidates:
         distinct.setdefault(candidate.variant, candidate)
-    found: list[dict[str, GpuReport]] = [{} for _ in kernels]
+    found: dict[str, dict[str, GpuReport]] = {variant: {} for variant in distinct}
     for gpu in options.gpus:
         told = _on_gpu(list(distinct.values()), gpu, sizes, options)
-        for reports, candidate, what in zip(found, distinct.values(), told, strict=False):
+        for (variant, candidate), what in zip(distinct.items(), told, strict=True):
             if isinstance(what, Refused):
                 warn(f"kernel {candidate.name} has no form for {gpu}: {what.reason}: {what.evidence}")
             else:
-                reports[str(gpu)] = what
-    return tuple(replace(kernel, gpu=gpu) for kernel, gpu in zip(kernels, found, strict=True))
+                found[variant][str(gpu)] = what
+    return found
 
 
 def _on_gpu(

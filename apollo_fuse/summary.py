@@ -16,7 +16,7 @@ from apollo_fuse.cpu import cpu_name
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Value
 from apollo_fuse.index import Index, Symbol
 from apollo_fuse.partition import Plan
-from apollo_fuse.report import FeedbackRound, KernelReport, RefusedReport
+from apollo_fuse.report import FeedbackRound, GpuReport, KernelReport, RefusedReport
 from apollo_fuse.stitching import Stitch, Swap, members
 from apollo_fuse.versions import versions
 
@@ -41,10 +41,11 @@ def summarise(
     judgements: Mapping[str, Judgement],
     fused: Sequence[Swap],
     sizes: Mapping[Symbol, int] = MappingProxyType({}),
+    gpus: Mapping[str, Mapping[str, GpuReport]] = MappingProxyType({}),
 ) -> Summary:
     """The parts of the report; `sizes` are the extents that traffic is counted for, as `solve` finds them.
 
-    An extent that is not among them counts as 1.
+    An extent that is not among them counts as 1. `gpus` is what variants of kernels would be on GPUs.
     """
     used = {kernel.variant: kernel for x in fused for kernel in members(x)}
     joined = {kernel.part.nodes[0] for x in fused for kernel in members(x)}
@@ -61,7 +62,10 @@ def summarise(
         versions(),
         onnx_files.node_count(onnx_files.read(path).graph),
         onnx_files.node_count(onnx_files.read(output).graph),
-        tuple(_kernel(same, judgements[key], key in kept, sizes) for key, same in uses.items()),
+        tuple(
+            _kernel(same, judgements[key], key in kept, sizes, gpus.get(key, {}))
+            for key, same in uses.items()
+        ),
         tuple(
             RefusedReport(r.nodes, r.rule, r.reason, r.evidence)
             for r in (*chosen.refused, *(x.refused for x in left))
@@ -111,7 +115,11 @@ def solve(values: Iterable[tuple[Value, tuple[int, ...]]]) -> dict[Symbol, int]:
 
 
 def _kernel(
-    same: Sequence[Swap], judgement: Judgement, accepted: bool, sizes: Mapping[Symbol, int]
+    same: Sequence[Swap],
+    judgement: Judgement,
+    accepted: bool,
+    sizes: Mapping[Symbol, int],
+    gpu: Mapping[str, GpuReport],
 ) -> KernelReport:
     candidate = same[0]
     return KernelReport(
@@ -136,6 +144,7 @@ def _kernel(
         members=tuple(x.name for x in candidate.members) if isinstance(candidate, Stitch) else (),
         apart_us=None if judgement.apart is None else judgement.apart * 1e6,
         note=judgement.verdict.note,
+        gpu=gpu,
     )
 
 
