@@ -24,8 +24,8 @@ class GpuReport:
         registers for.
     num_warps, occupancy: of a block, and the share of a multiprocessor's threads in flight, of the one that
         takes longest.
-    dram_bytes: predicted to be moved, run after run, so that what the last cache holds is not; compulsory_bytes:
-        of the tensors that each reads and writes.
+    dram_bytes: predicted to be moved, run after run, so that what the last cache holds is not.
+    compulsory_bytes: of the tensors that each reads and writes.
     predicted_us: microseconds, launches included. binary_bytes: of their code.
     """
 
