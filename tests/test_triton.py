@@ -187,6 +187,21 @@ def test_bfloat16_is_computed_in_single_precision(interpreter: Interpreter) -> N
     assert "tl.div_rn" in program_of(group).text and ".to(tl.float32)" in program_of(group).text
 
 
+@pytest.mark.parametrize("op", ["Max", "Min"])
+def test_zeros_keep_their_signs_and_nan_passes_as_in_c(
+    op: str, interpreter: Interpreter, tmp_path: Path
+) -> None:
+    model = text_model(f"g (float[n] x, float[n] y) => (float[n] z) {{ m = {op}(x, y) z = Neg(m) }}")
+    every = np.array([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan], np.float32)
+    x, y = (part.reshape(-1) for part in np.meshgrid(every, every))
+    (found,) = interpreted(model, tmp_path, interpreter).fused.run(None, {"x": x, "y": y})
+    second = y > x if op == "Max" else y < x
+    expected = -np.where(np.isnan(y) | second, y, x)  # as scalar.h has it
+    np.testing.assert_array_equal(found, expected)
+    number = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(found)[number], np.signbit(expected)[number])
+
+
 @pytest.mark.parametrize(("elements", "wide"), [(2**31 - 1, False), (2**31, True)])
 def test_offsets_take_64_bits_where_a_tensor_needs_them(elements: int, wide: bool) -> None:
     text = program_of(elementwise(Index.of(elements), DType.FLOAT32, Op.ADD)).text

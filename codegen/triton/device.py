@@ -12,12 +12,13 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    """Of equal numbers the first, so that zeros keep their signs as they do in C."""
+    return tl.where(b != b, b, tl.where(a < b, b, a))
 
 
 @triton.jit
 def minimum(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(b != b, b, tl.where(a > b, b, a))
 
 
 @triton.jit
