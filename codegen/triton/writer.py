@@ -186,7 +186,7 @@ class Writer:
             end = self._least(ends)
             self.line(f"for {name}_start in range(0, {end}, BLOCK):")
             with self._scope(1):
-                self.line(f"{name} = {name}_start + tl.arange(0, BLOCK)")
+                self.line(f"{name} = {name}_start + tl.arange(0, BLOCK){self._cast}")
                 self.line(f"{name}_inside = {name} < {end}")
                 self._in_lane(_Axis(frozenset({loop.iterator}), "BLOCK", f"{name}_inside"), loop)
             self._end_folding(folded)
