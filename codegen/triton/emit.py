@@ -107,7 +107,7 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
     constants = () if block is None else ("BLOCK: tl.constexpr",)
     parameters = ", ".join((*tensors, *(b.name for b in scratch), *extents, *constants))
     head = f"@triton.jit\ndef {kernel.name}({parameters}):\n"
-    lines = [f'    """{_taken(group, kernel, rows)}"""', *writer.lines]
+    lines = [f'    """{_taken(group, kernel, launch)}"""', *writer.lines]
     return head + "\n".join(lines) + "\n", launch
 
 
@@ -121,13 +121,14 @@ def _place_in_host(writer: Writer, kernel: Kernel, buffer: Buffer) -> None:
     writer.place(buffer, writer.places.get(host.name, host.name) + base)
 
 
-def _taken(group: KernelGroup, kernel: Kernel, rows: int) -> str:
-    """How many items there are, and in which runs."""
+def _taken(group: KernelGroup, kernel: Kernel, launch: Launch) -> str:
+    """How many items there are, in which runs, and how they are launched."""
     conditions = [f"not {condition}" for condition in group.forms[: kernel.form]]
     conditions += [str(condition) for condition in group.forms[kernel.form : kernel.form + 1]]
     where = f", where {' and '.join(conditions)}" if conditions else ""
-    each = "" if rows == 1 else f", {rows} in each program"
-    return f"Items: {kernel.items}{each}{where}."
+    warps = f"{launch.warps} warp{'' if launch.warps == 1 else 's'}"
+    block = "" if launch.block is None else f" and a BLOCK of {launch.block}"
+    return f"Items: {kernel.items}{where}; {launch.rows} in each program of {warps}{block}."
 
 
 def _owner(kernel: Kernel, buffer: Buffer, values: frozenset[str]) -> str:
