@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -145,8 +146,9 @@ def test_many_larger_random_graphs_compute_what_they_did(
 def check_random(interpreter: Interpreter, model: RandomModel) -> None:
     note(str(model))
     feeds = {name: normal(*shape) for name, shape in model.shapes.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        check_kernels(interpreter, model.proto, feeds, Path(folder), block=4)
+    for programs in (1, 512):  # items side by side wherever that can be, and where it is worth it
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(blocks, "_PROGRAMS", programs):
+            check_kernels(interpreter, model.proto, feeds, Path(folder), block=4)
 
 
 def test_an_index_outside_of_its_axis_is_an_error(interpreter: Interpreter, tmp_path: Path) -> None:
