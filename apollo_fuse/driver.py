@@ -116,7 +116,7 @@ class _Compilation:
             planner = Planner(start.model, self.options, layout)
             chosen = planner.plan()
             chosen = replace(chosen, unknown=(*start.refused, *chosen.unknown))
-        self._dump(chosen, layout)
+        self._dump(chosen.dumps, layout)
         return _Planned(layout, start, planner, chosen)
 
     def _decide(self, plans: Sequence[_Planned], folder: Path) -> tuple[Attempt, tuple[LayoutReport, ...]]:
@@ -147,7 +147,8 @@ class _Compilation:
         place.mkdir()
         judged = self._judged(planned, {**start.defaults, **feeds}, place)
         joined = self._join(start.model, judged, {**start.defaults, **feeds})
-        self._dump(judged.chosen, layout)
+        shared = {f"{x.name}.stitch.txt": str(x) for x in joined.stitches}
+        self._dump({**judged.chosen.dumps, **shared}, layout)
         settled = self._settle(judged, joined, original, feeds, layout)
         return Attempt(layout, start.model, judged.chosen, judged.trial, settled, joined.stitches)
 
@@ -337,11 +338,11 @@ class _Compilation:
                 if own.name is not None and own.name in arrays:
                     self.shapes.append((value, arrays[own.name].shape))
 
-    def _dump(self, chosen: Plan, layout: Layout) -> None:
+    def _dump(self, texts: Mapping[str, str], layout: Layout) -> None:
         if self.options.dump is not None:
             folder = self.options.dump / layout if self.options.layout == "auto" else self.options.dump
             folder.mkdir(parents=True, exist_ok=True)
-            for name, text in chosen.dumps.items():
+            for name, text in texts.items():
                 (folder / name).write_text(text)
 
     def _complain(self, problem: str) -> None:

@@ -176,6 +176,14 @@ def test_an_optimizer_step_is_a_few_nodes(tmp_path: Path) -> None:
     assert not stitches(apart) and apart.fused_nodes == 144
 
 
+def test_what_shares_a_launch_is_dumped(tmp_path: Path) -> None:
+    report = fused(memory_bound.adam(3, shapes=((64,), (96,))), tmp_path, dump=tmp_path / "dump")
+    (found,) = [k for k in report.kernels if k.layer == 3]
+    lines = (tmp_path / "dump" / f"{found.name}.stitch.txt").read_text().splitlines()
+    assert lines[0] == f"stitch {found.name}" and len(lines) == 4
+    assert [line.split()[0] for line in lines[1:]] == list(found.members)
+
+
 def test_what_is_too_small_for_a_kernel_shares_a_launch(tmp_path: Path) -> None:
     report = fused(memory_bound.lamb(20, divisor=4), tmp_path)
     tails = [k for k in report.kernels if k.layer == 1 and k.ops[-1] == "Mul" and "Where" in k.ops]
