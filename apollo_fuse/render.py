@@ -1,6 +1,6 @@
 """The report as text for a person: the summary table of every run, and the longer text of `--explain`."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -190,15 +190,20 @@ def _explain_kernel(kernel: KernelReport, console: Console) -> None:
     verdict = "accepted" if kernel.accepted else "left out"
     places = f", in {kernel.instances} places" if kernel.instances > 1 else ""
     _print(console, f"  {kernel.name}: {verdict}{places}: {kernel.reason}")
-    _print(
-        console, f"    fuses {' '.join(kernel.ops)} ({kernel.pattern.lower()}, layer {'I' * kernel.layer})"
-    )
-    _print(console, f"    {', '.join(kernel.inputs)} -> {', '.join(kernel.outputs)}")
+    layer = "I" * kernel.layer
+    if kernel.members:
+        each = [f"{count} x {name}" for name, count in Counter(kernel.members).most_common()]
+        _print(console, f"    one launch (layer {layer}) of {_abbreviated(each)}")
+    else:
+        _print(console, f"    fuses {' '.join(kernel.ops)} ({kernel.pattern.lower()}, layer {layer})")
+        _print(console, f"    {', '.join(kernel.inputs)} -> {', '.join(kernel.outputs)}")
     moved = f"{_bytes(kernel.bytes_before)} -> {_bytes(kernel.bytes_after)}"
     if kernel.unfused_us is None or kernel.fused_us is None:
         figures = f"moves {moved}; not measured"
     else:
         figures = f"moves {moved}; takes {kernel.unfused_us:.1f} us -> {kernel.fused_us:.1f} us"
+    if kernel.apart_us is not None:
+        figures += f", {kernel.apart_us:.1f} us one by one"
     if kernel.predicted_us is not None and kernel.predicted_unfused_us is not None:
         figures += f"; predicted {kernel.predicted_unfused_us:.1f} us -> {kernel.predicted_us:.1f} us"
     _print(console, f"    {figures}")

@@ -173,6 +173,15 @@ def test_the_explanation_gives_kernels_refusals_with_evidence_and_feedback() -> 
     )
 
 
+def test_the_explanation_of_a_shared_launch_counts_its_kernels() -> None:
+    kernel = dataclasses.replace(
+        FUSED.kernels[0], name="Stitched_3_0", layer=3, members=("exp", "mul", "exp"), apart_us=5.0, gpu={}
+    )
+    text = rendered(render_explanation, dataclasses.replace(FUSED, kernels=(kernel,)))
+    assert "    one launch (layer III) of 2 x exp, 1 x mul\n" in text
+    assert "takes 12.5 us -> 4.0 us, 5.0 us one by one; predicted" in text and "fuses" not in text
+
+
 def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
     refused = (RefusedReport(("[bold]a[/bold]",), "[red]", "[/]:smile:"),)
     odd = dataclasses.replace(FUSED, refused=refused)
