@@ -42,19 +42,6 @@ class _Start:
     programs: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Check:
-    tensor: str
-    start: int
-    step: int
-    size: int
-    extent: int
-
-
-class WrongIndex(Exception):
-    """An index tensor points outside of the axis."""
-
-
 class Interpreter:
     """A process that runs one program after the other."""
 
@@ -92,16 +79,12 @@ class Interpreter:
             for launch in program.launches
             if launch.form == form or not group.forms
         ]
-        checks = [
-            _Check(group.inputs[c.input].name, c.start, number(c.step), number(c.size), number(c.extent))
-            for c in program.checks
-        ]
         made = {
             value.name: (value.dtype, tuple(number(extent) for extent in value.shape))
             for value in (*group.outputs, *group.temporaries)
         }
         given = {value.name: array for value, array in zip(group.inputs, inputs, strict=True)}
-        found = self._pool.submit(_run, program.text, checks, starts, given, made).result()
+        found = self._pool.submit(_run, program.text, starts, given, made).result()
         return [found[value.name] for value in group.outputs]
 
 
@@ -185,13 +168,10 @@ def _interpreted(function: Any) -> Any:
 
 def _run(
     text: str,
-    checks: Sequence[_Check],
     starts: Sequence[_Start],
     given: Mapping[str, Array],
     made: Mapping[str, tuple[DType, tuple[int, ...]]],
 ) -> dict[str, Array]:
-    from apollo_fuse.codegen.triton import device
-
     memory = {name: _memory(array.dtype, array.size) for name, array in given.items()}
     for name, array in given.items():
         _inside(memory[name])[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -200,16 +180,6 @@ def _run(
     kinds |= {name: _kind(dtype.numpy) for name, (dtype, _) in made.items()}
     tensors = {name: _Tensor(_inside(memory[name]), kind) for name, kind in kinds.items()}
     with np.errstate(all="ignore"):
-        for check in checks:
-            wrong = np.zeros(1, np.int32)
-            grid = (-(-max(0, check.size - check.start) // (check.step * 64)),)
-            if grid[0]:
-                device.check_indices[grid](
-                    tensors[check.tensor], _Tensor(wrong, "int32"), check.start, check.step, check.size,
-                    check.extent, BLOCK=64,
-                )  # fmt: skip
-            if wrong[0]:
-                raise WrongIndex(f"{check.tensor} holds an index outside of an axis of {check.extent}")
         module = _module(text)
         for start in starts:
             if start.programs:

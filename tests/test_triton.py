@@ -31,7 +31,7 @@ from apollo_fuse.tolerance import compare
 from apollo_fuse.verify import coarsest
 from models import BUILDERS, chains, memory_bound
 from tests.interpreted import candidates_of, emitted, interpreted
-from tests.interpreter import Interpreter, WrongIndex
+from tests.interpreter import Interpreter
 from tests.properties.graphs import RandomModel, models
 from tests.test_models import small, small_feeds
 
@@ -151,15 +151,17 @@ def check_random(interpreter: Interpreter, model: RandomModel) -> None:
             check_kernels(interpreter, model.proto, feeds, Path(folder), block=4)
 
 
-def test_an_index_outside_of_its_axis_is_an_error(interpreter: Interpreter, tmp_path: Path) -> None:
-    model = text_model("g (float[5, 3] x, int64[n] i) => (float[n, 3] z) { y = Gather(x, i) z = Relu(y) }")
-    kernels = interpreted(model, tmp_path, interpreter)
+@pytest.mark.parametrize("count", ["n", "4"])
+def test_an_index_outside_of_its_axis_is_taken_to_the_nearest_element(
+    count: str, interpreter: Interpreter, tmp_path: Path
+) -> None:
+    text = f"g (float[5, 3] x, int64[{count}] i) => (float[{count}, 3] z) {{ y = Gather(x, i) z = Relu(y) }}"
+    kernels = interpreted(text_model(text), tmp_path, interpreter)
     x = normal(5, 3)
     expected, found = kernels.run({"x": x, "i": np.array([0, -5, 4, -1])})["z"]
     np.testing.assert_array_equal(found, expected)
-    for wrong in (5, -6):
-        with pytest.raises(WrongIndex):
-            kernels.fused.run(None, {"x": x, "i": np.array([0, wrong])})
+    (found,) = kernels.fused.run(None, {"x": x, "i": np.array([5, -6, 1 << 40, -(1 << 40)])})
+    np.testing.assert_array_equal(found, np.maximum(x[[4, 0, 4, 0]], 0))
 
 
 def elementwise(size: Index, dtype: DType, op: Op, tile: int = 64) -> KernelGroup:

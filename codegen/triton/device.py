@@ -144,14 +144,5 @@ def floor_divide(a, b):
 
 @triton.jit
 def wrap(index, extent):
-    """An index that may count from the end of an axis."""
-    return tl.where(index < 0, index + extent, index)
-
-
-@triton.jit
-def check_indices(indices, wrong, start, step, size, extent, BLOCK: tl.constexpr):
-    """Sets `wrong` where one of `indices[start:size:step]` lies outside of an axis of `extent` elements."""
-    place = start + (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)) * step
-    index = tl.load(indices + place, mask=place < size, other=0).to(tl.int64)
-    bad = (place < size) & ((index < -extent) | (index >= extent))
-    tl.atomic_max(wrong, tl.max(bad.to(tl.int32), 0))
+    """An index that may count from the end of an axis; one outside of it is taken to the nearest element."""
+    return tl.maximum(tl.minimum(tl.where(index < 0, index + extent, index), extent - 1), 0)

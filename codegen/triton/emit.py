@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apollo_fuse.codegen.interface import IndexCheck, index_checks
 from apollo_fuse.codegen.triton.blocks import BLOCK, local_values, rows_for, warps_for, with_folds_in_lanes
 from apollo_fuse.codegen.triton.writer import NotEmitted, Writer
 from apollo_fuse.graph import Refused
@@ -51,17 +50,15 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A module's text, what has to hold of index tensors before anything runs, and the kernels in order."""
+    """A module's text, and the kernels in order."""
 
     text: str
-    checks: tuple[IndexCheck, ...]
     launches: tuple[Launch, ...]
 
 
 def emit(group: KernelGroup, name: str, comment: str) -> Program | Refused:
     """The module for a group; `comment` says what it computes."""
-    checks = index_checks(group)
-    parts = [_HEAD.format(comment=comment) + "".join(_checked(group, check) for check in checks)]
+    parts = [_HEAD.format(comment=comment)]
     launches: list[Launch] = []
     for kernel in group.kernels:
         try:
@@ -70,14 +67,7 @@ def emit(group: KernelGroup, name: str, comment: str) -> Program | Refused:
             return Refused((name,), RULE, problem.args[0], problem.args[1])
         parts.append(text)
         launches.append(launch)
-    return Program("\n\n".join(parts), checks, tuple(launches))
-
-
-def _checked(group: KernelGroup, check: IndexCheck) -> str:
-    tensor = f"{group.inputs[check.input].name}[{check.start}:{check.size}:{check.step}]"
-    return (
-        f"\n# {tensor} points into an axis of {check.extent} elements, as af.check_indices has seen before.\n"
-    )
+    return Program("\n\n".join(parts), tuple(launches))
 
 
 def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:

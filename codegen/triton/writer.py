@@ -130,8 +130,8 @@ class Writer:
         mask = self._mask(atom.indices[0])
         default = ", other=0" if mask else ""
         kind = "tl.int64" if self.wide else "tl.int32"
-        read = f"tl.load({atom.tensor} + {place}{mask}{default}).to({kind})"
-        self.line(f"{name} = af.wrap({read}, {self.index(atom.extent)})")
+        read = f"tl.load({atom.tensor} + {place}{mask}{default})"
+        self.line(f"{name} = af.wrap({read}, {self.index(atom.extent)}).to({kind})")
         self._names.indices[atom] = name
 
     # -- loops ------------------------------------------------------------------------------
