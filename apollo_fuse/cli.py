@@ -131,8 +131,8 @@ def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTar
     default="auto",
     show_default=True,
     metavar="cpu,GPU,...",
-    help="cpu makes the library. GPUs may follow: cuda:80, cuda:90, hip:gfx942. Nothing launches kernels on "
-    "them yet: they are compiled, and --json and --explain tell their registers and predicted times.",
+    help="cpu makes the library. GPUs may follow: for cuda:80 and cuda:90 it holds kernels too, which no GPU "
+    "has run yet; for hip:gfx942 they are only compiled. --json and --explain tell what they take.",
 )
 @click.option(
     "--cpu",

@@ -18,7 +18,8 @@ from apollo_fuse.gpu import KNOWN as GPUS
 from apollo_fuse.options import Options
 from apollo_fuse.versions import versions
 
-_NOTHING_LAUNCHES = "compiles kernels to report on them; nothing launches them yet"
+_ON_GPU = "compiles kernels into libraries; no GPU has run one yet"
+_REPORTED = "compiles kernels to report on them; nothing launches them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def _gpus() -> Iterator[Finding]:
     for gpu in GPUS:
         try:
             require_triton()
-            yield Finding(f"cpu,{gpu}", _NOTHING_LAUNCHES)
+            yield Finding(f"cpu,{gpu}", _ON_GPU if gpu.launches else _REPORTED)
         except CompilerError as error:
             yield Finding(f"cpu,{gpu}", "", str(error))
 

@@ -26,9 +26,8 @@ from apollo_fuse.errors import NoFeedsError, VerificationError
 from apollo_fuse.evidence import slower, spilled
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
-from apollo_fuse.gpu_kernels import on_gpus
+from apollo_fuse.gpu_kernels import GpuKernels, on_gpus
 from apollo_fuse.graph import Value
-from apollo_fuse.index import Symbol
 from apollo_fuse.joining import Joined, join
 from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
 from apollo_fuse.machine import Machine
@@ -37,7 +36,6 @@ from apollo_fuse.partition import Plan, Planner
 from apollo_fuse.progress import Progress, SilentProgress
 from apollo_fuse.report import (
     CompileSeconds,
-    GpuReport,
     LatencyReport,
     LayoutReport,
     Report,
@@ -98,11 +96,13 @@ class _Compilation:
         with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
             plans = [self._partition(layout, Path(folder)) for layout in layouts(self.options)]
             taken, tried = self._decide(plans, Path(folder))
+            on_gpus = self._on_gpus(taken)
             with self._timed("write"):
-                library = self._write(taken)
-                summary = self._summary(taken)
+                library = self._write(taken, on_gpus)
+                summary = self._summary(taken, on_gpus)
+                held = self._held(taken, on_gpus)
         self.seconds["total"] = perf_counter() - start
-        return self._report(summary, taken, tried, library)
+        return self._report(summary, taken, tried, library, held)
 
     # -- rungs ------------------------------------------------------------------------------
 
@@ -180,11 +180,33 @@ class _Compilation:
             with self._timed("partition"):
                 chosen = planner.regroup(chosen, refused)
 
-    def _write(self, taken: Attempt) -> Path | None:
+    def _on_gpus(self, taken: Attempt) -> GpuKernels:
+        """What the kernels are on the GPUs of the target: those that are reported, and those that stay."""
+        if not self.options.gpus:
+            return GpuKernels({}, {})
+        self.progress.stage("compile for GPUs", None)
+        kept = (kernel for x in taken.settled.kept for kernel in members(x))
+        with self._timed("cc"):
+            candidates = (*taken.chosen.kernels, *kept)
+            found = on_gpus(candidates, solve(self.shapes), self.options, self.warnings.append)
+        if held := self._held(taken, found):
+            self.warnings.append(
+                f"no GPU has run the kernels for {', '.join(held)}: they were verified as code for "
+                f"{self.tried} alone; try the result on such a GPU"
+            )
+        return found
+
+    def _held(self, taken: Attempt, found: GpuKernels) -> tuple[str, ...]:
+        """The GPUs that the library holds kernels for."""
+        kept = (kernel.name for x in taken.settled.kept for kernel in members(x))
+        has_some = any(name in found.forms for name in kept)
+        return tuple(str(gpu) for gpu in self.options.gpus if gpu.launches and has_some)
+
+    def _write(self, taken: Attempt, on_gpus: GpuKernels) -> Path | None:
         """The written model's library, or None where it has none."""
         kept, trial = taken.settled.kept, taken.trial
         if kept and trial is not None:
-            return trial.write(kept, self.output, self._builds(kept, trial.build))
+            return trial.write(kept, self.output, self._builds(kept, trial.build), on_gpus.forms)
         if taken.settled.laid_out and trial is not None:
             trial.write_laid_out(self.output)
         else:
@@ -355,7 +377,7 @@ class _Compilation:
     def _timed(self, stage: str) -> _Stopwatch:
         return _Stopwatch(self.seconds, stage)
 
-    def _summary(self, taken: Attempt) -> Summary:
+    def _summary(self, taken: Attempt, on_gpus: GpuKernels) -> Summary:
         chosen, settled, sizes = taken.chosen, taken.settled, solve(self.shapes)
         return summarise(
             self.path,
@@ -366,18 +388,16 @@ class _Compilation:
             settled.judgements,
             settled.kept,
             sizes,
-            self._on_gpus(chosen, sizes),
+            on_gpus.reports,
         )
 
-    def _on_gpus(self, chosen: Plan, sizes: Mapping[Symbol, int]) -> dict[str, dict[str, GpuReport]]:
-        if not self.options.gpus:
-            return {}
-        self.progress.stage("compile for GPUs", None)
-        with self._timed("cc"):
-            return on_gpus(chosen.kernels, sizes, self.options, self.warnings.append)
-
     def _report(
-        self, summary: Summary, taken: Attempt, tried: tuple[LayoutReport, ...], library: Path | None
+        self,
+        summary: Summary,
+        taken: Attempt,
+        tried: tuple[LayoutReport, ...],
+        library: Path | None,
+        held: tuple[str, ...],
     ) -> Report:
         chosen, settled = taken.chosen, taken.settled
         verdict = settled.verdict
@@ -385,7 +405,7 @@ class _Compilation:
             model=self.path,
             output=self.output,
             library=library,
-            target="cpu",
+            target=",".join(("cpu", *held)),
             cpu=summary.cpu,
             cpu_targets=tuple(map(str, self.options.cpu.cpus)) if library is not None else (),
             verified_cpu=str(self.tried),

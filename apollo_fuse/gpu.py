@@ -30,6 +30,11 @@ class GpuTarget:
         return 64 if self.backend == "hip" else 32
 
     @property
+    def launches(self) -> bool:
+        """Whether libraries hold kernels for it, and launch them."""
+        return self.backend == "cuda"
+
+    @property
     def machine(self) -> Machine:
         """A GPU of the architecture, which kernels are predicted for."""
         from apollo_fuse import descriptions  # which knows all of the compiler
@@ -57,10 +62,7 @@ def gpus_of(target: str) -> tuple[GpuTarget, ...]:
                 f"any of {', '.join(named)}"
             )
     if first not in CPU:
-        raise UsageError(
-            f"the target is {target!r}, and a library runs on the CPU alone; give cpu,{target} to see what "
-            "its kernels would be on a GPU"
-        )
+        raise UsageError(f"the target is {target!r}, and every library runs on the CPU; give cpu,{target}")
     if len(set(others)) < len(others) or set(others) & set(CPU):
         raise UsageError(f"the target is {target!r}; name each thing once")
     return tuple(named[name] for name in others)

@@ -71,8 +71,8 @@ class Options:
 
     shapes: extents for inputs with open dimensions, used to measure and to verify; one entry an input.
     inputs: a `.npz` file with arrays for inputs by name, to measure and verify with; others are made up.
-    target: `cpu`, or `auto` for what the machine has. GPUs may follow, as in `cpu,cuda:90`: then the report
-        has what the kernels would be on them; nothing launches these yet.
+    target: `cpu`, or `auto` for what the machine has. GPUs may follow, as in `cpu,cuda:90`: then the library
+        has kernels for those of CUDA, and the report tells what kernels are on all of them; none has run yet.
     cpu: the processors that the library is made for; the machine's own unless others are named.
     layout: `portable` for a model that runs anywhere; `ort` for one in onnxruntime's own layout, which runs
         on machines like this one alone; `auto` for the faster one of both.

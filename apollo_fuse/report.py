@@ -62,7 +62,7 @@ class KernelReport:
     apart_us: microseconds of one run with each of the members called by itself; None where not measured.
     note: where an output differs from onnxruntime's by more than the tolerance and is right by what it is in
         float64, both errors; else empty.
-    gpu: what it would be on the GPUs of the target, by name; nothing of that is in the library.
+    gpu: what it is on the GPUs of the target, by name.
     """
 
     name: str
@@ -186,7 +186,7 @@ class Report:
 
     library: the custom-op library, or None when nothing was fused. Then the model was written unchanged,
         unless `made_for` is given: what gains is its layout alone.
-    target, cpu: what was compiled for, and the processor it was compiled on.
+    target, cpu: what the library is for, as --target names it, and the processor it was compiled on.
     cpu_targets: what the library's kernels were compiled for, the lowest level first; none without a library.
     verified_cpu: what they were compiled for when they were verified and measured: the best of the targets
         that the machine runs, or else the machine's own.

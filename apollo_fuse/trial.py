@@ -14,6 +14,7 @@ from apollo_fuse import onnx_io
 from apollo_fuse.atomic import replacing
 from apollo_fuse.bodies import nodes
 from apollo_fuse.codegen import link
+from apollo_fuse.codegen.launches import GpuForm, gpu_table
 from apollo_fuse.codegen.table import tables
 from apollo_fuse.layout import pin
 from apollo_fuse.measure import session_options
@@ -53,16 +54,23 @@ class Trial:
 
     def library(self, chosen: Sequence[Swap], path: Path) -> None:
         """Links the kernels of these candidates, for this machine."""
-        self._link(chosen, path, [self.build])
+        self._link(chosen, path, [self.build], {})
 
-    def write(self, chosen: Sequence[Swap], path: Path, builds: Sequence[link.Build]) -> Path:
+    def write(
+        self,
+        chosen: Sequence[Swap],
+        path: Path,
+        builds: Sequence[link.Build],
+        gpu_forms: Mapping[str, GpuForm],
+    ) -> Path:
         """Writes the model with these candidates, and its library beside it; gives the library's path.
 
-        The library holds what was built for its targets. Where anything fails, neither file has changed.
+        The library holds what was built for its targets, and `gpu_forms`, by the names of kernels. Where
+        anything fails, neither file has changed.
         """
         library = path.with_suffix(".so")
         with replacing(library) as temporary:
-            self._link(chosen, temporary, builds)
+            self._link(chosen, temporary, builds, gpu_forms)
             onnx_io.write(self._swapped(chosen), path)
         return library
 
@@ -70,13 +78,21 @@ class Trial:
         """Writes the model without a kernel, in the layout that it is in."""
         onnx_io.write(self._swapped(()), path)
 
-    def _link(self, chosen: Sequence[Swap], path: Path, builds: Sequence[link.Build]) -> None:
-        nodes = {x.name: entry(x) for x in chosen}
+    def _link(
+        self,
+        chosen: Sequence[Swap],
+        path: Path,
+        builds: Sequence[link.Build],
+        gpu_forms: Mapping[str, GpuForm],
+    ) -> None:
+        entries = {x.name: entry(x) for x in chosen}
+        table = [entries[name] for name in sorted(entries)]
         names = sorted({kernel.name for x in chosen for kernel in members(x)})
         levels = [build.toolchain.cpu.level for build in builds]
-        ops = tables([nodes[name] for name in sorted(nodes)], levels)
         objects = [build.objects[name] for build in builds for name in names]
-        link.link_library(objects, ops, path, builds[0].toolchain, self.cache)
+        forms = {name: gpu_forms[name] for name in names if name in gpu_forms}
+        on_gpus = [*(form.source for form in forms.values()), gpu_table(table, forms)] if forms else []
+        link.link_library(objects, tables(table, levels), path, builds[0].toolchain, self.cache, on_gpus)
 
     def _swapped(self, chosen: Sequence[Swap]) -> ir.Model:
         model = self.clean.clone()

@@ -128,7 +128,7 @@ def _check(group: KernelGroup) -> str:
         "static int check(void *const *buffers, const int64_t *n, char *message, size_t message_size) {",
         *("  (void)buffers;", "  (void)n;", "  (void)message;", "  (void)message_size;"),
     ]
-    lines += unpack(group, _names(i for check in checks for i in (check.size, check.extent))).splitlines()
+    lines += unpack(group, names_in(i for check in checks for i in (check.size, check.extent))).splitlines()
     for check in checks:
         value, end = group.inputs[check.input], c.index(check.extent)
         lines += [
@@ -173,7 +173,8 @@ def unpack(group: KernelGroup, names: Set[str]) -> str:
     )
 
 
-def _names(indices: Iterable[Index]) -> set[str]:
+def names_in(indices: Iterable[Index]) -> set[str]:
+    """The extents that indices mention."""
     return {s.name for index in indices for s in index.symbols()}
 
 
@@ -184,7 +185,7 @@ def _output_shapes(group: KernelGroup) -> str:
         "  (void)n;",
         "  (void)shapes;",
     ]
-    lines += unpack(group, _names(dims)).splitlines()
+    lines += unpack(group, names_in(dims)).splitlines()
     for place, value in enumerate(group.outputs):
         for axis, dim in enumerate(value.shape):
             lines.append(f"  shapes[{place}][{axis}] = {c.index(dim)};")
@@ -198,7 +199,7 @@ def _temporaries(group: KernelGroup) -> str:
         "  (void)n;",
         "  (void)bytes;",
     ]
-    lines += unpack(group, _names(sizes)).splitlines()
+    lines += unpack(group, names_in(sizes)).splitlines()
     lines += [f"  bytes[{place}] = {c.index(size)};" for place, size in enumerate(sizes)]
     return "\n".join([*lines, "}"]) + "\n"
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from apollo_fuse.atomic import write_bytes, write_text
 from apollo_fuse.codegen.toolchain import Toolchain
+from apollo_fuse.cpu import default_threads
 from apollo_fuse.errors import CompilerError
 
 _LINK_FLAGS = ("-shared", "-Wl,--build-id=none", "-Wl,-z,defs")
+_PLUGIN, _GPU_PLUGIN = ("plugin.c", "compute.c"), ("gpu.c", "driver.c")
 _LIBRARIES = ("-lm",)  # the few functions of POSIX threads that the plugin calls are in every glibc's libc
 _COMPILER_LINES_SHOWN = 12
 LARGE_FRAME = 16 * 1024
@@ -80,23 +82,36 @@ def large_frame(compiled: Path) -> int:
 
 
 def link_library(
-    objects: Sequence[Path], table_source: str, output: Path, toolchain: Toolchain, cache: Path
+    objects: Sequence[Path],
+    table_source: str,
+    output: Path,
+    toolchain: Toolchain,
+    cache: Path,
+    gpu_sources: Sequence[str] = (),
 ) -> None:
     """Link `objects`, the table of ops and the plugin into a library at `output`, which appears whole.
 
+    gpu_sources: kernels for GPUs and their table, if any; with them comes what launches kernels there.
     Raises CompilerError with the linker's first lines, and OutputError where `output` cannot be written.
     """
     # The plugin runs before it knows the processor, hence the flags that every processor can run; and what
     # a linker adds of its own follows them.
-    flags = toolchain.portable_flags
-    plugin = ((_runtime() / name).read_text() for name in ("plugin.c", "compute.c"))
-    own = [_compile(source, toolchain, flags, cache) for source in (*plugin, table_source)]
+    flags: Sequence[str] = toolchain.portable_flags
+    plugin, libraries = list(_PLUGIN), list(_LIBRARIES)
+    if gpu_sources:
+        flags = (*flags, "-DAF_GPU")
+        plugin += _GPU_PLUGIN
+        libraries.append("-ldl")
+    texts = ((_runtime() / name).read_text() for name in plugin)
+    with ThreadPoolExecutor(default_threads()) as pool:
+        sources = (*texts, table_source, *gpu_sources)
+        own = list(pool.map(lambda source: _compile(source, toolchain, flags, cache), sources))
     with tempfile.TemporaryDirectory(dir=_private(cache)) as folder:
         # Fixed names in a folder of its own: the library does not depend on where it was built.
-        names = [f"{position}.o" for position in range(len(own) + len(objects))]
-        for name, file in zip(names, [*own, *objects], strict=True):
-            Path(folder, name).symlink_to(file.absolute())
-        _run(toolchain, [*flags, *_LINK_FLAGS, *names, "-o", "library.so", *_LIBRARIES], Path(folder))
+        places = [f"{position}.o" for position in range(len(own) + len(objects))]
+        for place, file in zip(places, [*own, *objects], strict=True):
+            Path(folder, place).symlink_to(file.absolute())
+        _run(toolchain, [*flags, *_LINK_FLAGS, *places, "-o", "library.so", *libraries], Path(folder))
         write_bytes(output, Path(folder, "library.so").read_bytes())
 
 

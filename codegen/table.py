@@ -29,24 +29,25 @@ def tables(nodes: Sequence[Node], levels: Iterable[int]) -> str:
     lines = ['#include "kernel.h"']
     names = list(dict.fromkeys(name for node in nodes for name in node.ops))
     for number, node in enumerate(nodes):
-        lines.append(f"static const int32_t inputs_{number}[] = {{{_list(node.inputs)}}};")
+        lines.append(f"static const int32_t inputs_{number}[] = {{{listed(node.inputs)}}};")
     found: list[str] = []
     for level in sorted(levels, reverse=True):  # the plugin takes the first that fits
         lines += [f"extern const af_op {name}_v{level};" for name in names]
         for number, node in enumerate(nodes):
-            ops = _list(f"&{name}_v{level}" for name in node.ops)
+            ops = listed(f"&{name}_v{level}" for name in node.ops)
             counts = f"{node.input_count}, {len(node.ops)}"
             lines += [
                 f"static const af_op *const ops_{number}_v{level}[] = {{{ops}}};",
                 f"static const af_node node_{number}_v{level} = "
                 f'{{"{node.name}", {counts}, ops_{number}_v{level}, inputs_{number}}};',
             ]
-        entries = _list([*(f"&node_{number}_v{level}" for number in range(len(nodes))), "NULL"])
+        entries = listed([*(f"&node_{number}_v{level}" for number in range(len(nodes))), "NULL"])
         lines.append(f"static const af_node *const nodes_v{level}[] = {{{entries}}};")
         found.append(f"{{{level}, nodes_v{level}}}")
     lines.append(f"const af_table af_tables[] = {{{', '.join(found)}, {{0, NULL}}}};")
     return "\n".join(lines) + "\n"
 
 
-def _list(items: Iterable[object]) -> str:
+def listed(items: Iterable[object]) -> str:
+    """An initialiser's items; C has none that are empty."""
     return ", ".join(map(str, items)) or "0"

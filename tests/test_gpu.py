@@ -31,7 +31,7 @@ def test_gpus_follow_the_cpu_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("cuda:90", "a library runs on the CPU alone; give cpu,cuda:90"),
+        ("cuda:90", "every library runs on the CPU; give cpu,cuda:90"),
         ("cpu,cuda:91", "'cuda:91' is no target that is known; give auto or cpu, and behind it"),
         ("cpu,cuda:90,cuda:90", "name each thing once"),
         ("cpu,cpu", "name each thing once"),

@@ -1,6 +1,7 @@
 /* What the two halves of the plugin share: an af_node (kernel.h) as onnxruntime knows it.
  *
- * plugin.c registers such ops and gives their outputs shapes while a model is loaded; compute.c runs them. */
+ * plugin.c registers such ops and gives their outputs shapes while a model is loaded; compute.c runs them.
+ * AF_GPU, given to the compiler, is for libraries that hold kernels for GPUs: there, gpu.c runs some of them. */
 #ifndef APOLLO_FUSE_OP_H
 #define APOLLO_FUSE_OP_H
 
@@ -24,6 +25,9 @@ typedef struct custom_op {
   int32_t output_count, buffer_count, symbol_count, kernel_count;
   int32_t stage_count; /* most kernels of one op */
   int32_t input_dimensions, output_dimensions;
+#ifdef AF_GPU
+  const struct af_gpu_node *gpu; /* of an op for GPUs */
+#endif
 } custom_op;
 
 /* What one copy of onnxruntime was given; it lives until the library is unloaded, since sessions

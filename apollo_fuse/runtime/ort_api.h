@@ -8,9 +8,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The first version that has every entry below but the last (shape inference and ParallelFor came with it). */
+/* The first version that has every entry below but those of the next two (shape inference and ParallelFor came
+ * with it). */
 #define ORT_API_VERSION 17
-/* The first that has the last one too. */
+/* The first that has the memory of devices, for kernels on GPUs. */
+#define ORT_API_VERSION_OF_DEVICE_MEMORY 18
+/* The first that has the last entry too. */
 #define ORT_API_VERSION_OF_REFERENCES 24
 
 typedef struct OrtStatus OrtStatus;
@@ -28,6 +31,7 @@ typedef struct OrtCustomOp OrtCustomOp;
 typedef enum { ORT_OK, ORT_FAIL, ORT_INVALID_ARGUMENT } OrtErrorCode;
 typedef enum { OrtDeviceAllocator, OrtArenaAllocator } OrtAllocatorType;
 typedef enum { OrtMemTypeDefault = 0 } OrtMemType;
+#define OrtMemTypeCPUInput ((OrtMemType)-2) /* of the same enum in the original */
 typedef enum { INPUT_OUTPUT_REQUIRED = 0 } OrtCustomOpInputOutputCharacteristic;
 typedef int ONNXTensorElementDataType; /* an enum in the original, with the values of af_op's types */
 
@@ -52,10 +56,14 @@ typedef struct OrtApi {
   OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *, OrtTensorTypeAndShapeInfo **);
   ORT_GAP(66, 68);
   OrtStatus *(*CreateCpuMemoryInfo)(OrtAllocatorType, OrtMemType, OrtMemoryInfo **);
-  ORT_GAP(70, 74);
+  ORT_GAP(70, 71);
+  OrtStatus *(*MemoryInfoGetId)(const OrtMemoryInfo *, int *);
+  ORT_GAP(73, 74);
   OrtStatus *(*AllocatorAlloc)(OrtAllocator *, size_t bytes, void **);
   OrtStatus *(*AllocatorFree)(OrtAllocator *, void *);
-  ORT_GAP(77, 89);
+  /* The memory info belongs to the allocator. */
+  OrtStatus *(*AllocatorGetInfo)(const OrtAllocator *, const OrtMemoryInfo **);
+  ORT_GAP(78, 89);
   OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *, size_t index, const OrtValue **);
   OrtStatus *(*KernelContext_GetOutput)(OrtKernelContext *, size_t index, const int64_t *dimensions,
                                         size_t count, OrtValue **);
@@ -68,7 +76,9 @@ typedef struct OrtApi {
   void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *);
   ORT_GAP(102, 131);
   void (*ReleaseAllocator)(OrtAllocator *);
-  ORT_GAP(133, 252);
+  ORT_GAP(133, 192);
+  OrtStatus *(*KernelContext_GetGPUComputeStream)(const OrtKernelContext *, void **stream);
+  ORT_GAP(194, 252);
   OrtStatus *(*KernelContext_GetAllocator)(const OrtKernelContext *, const OrtMemoryInfo *, OrtAllocator **);
   ORT_GAP(254, 267);
   /* The context keeps the ownership of what this returns. */
@@ -80,16 +90,25 @@ typedef struct OrtApi {
   ORT_GAP(271, 273);
   OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *, void (*task)(void *data, size_t index),
                                           size_t total, size_t batches, void *data);
-  ORT_GAP(275, 413);
+  ORT_GAP(275, 276);
+  /* Memory that is the stream's until AllocatorFree gives it back, which may be before the stream is done. */
+  OrtStatus *(*KernelContext_GetScratchBuffer)(const OrtKernelContext *, const OrtMemoryInfo *, size_t bytes,
+                                               void **);
+  OrtStatus *(*KernelInfoGetAllocator)(const OrtKernelInfo *, OrtMemType, OrtAllocator **);
+  ORT_GAP(279, 413);
   /* The shape belongs to the value. */
   OrtStatus *(*GetTensorElementTypeAndShapeDataReference)(const OrtValue *, ONNXTensorElementDataType *,
                                                           const int64_t **dimensions, size_t *count);
 } OrtApi;
 
 _Static_assert(offsetof(OrtApi, GetTensorMutableData) == 51 * sizeof(void *), "ordinal");
+_Static_assert(offsetof(OrtApi, MemoryInfoGetId) == 72 * sizeof(void *), "ordinal");
+_Static_assert(offsetof(OrtApi, AllocatorGetInfo) == 77 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, KernelContext_GetOutput) == 91 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, ReleaseAllocator) == 132 * sizeof(void *), "ordinal");
+_Static_assert(offsetof(OrtApi, KernelContext_GetGPUComputeStream) == 193 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "ordinal");
+_Static_assert(offsetof(OrtApi, KernelInfoGetAllocator) == 278 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, GetTensorElementTypeAndShapeDataReference) == 414 * sizeof(void *), "ordinal");
 
 typedef struct OrtApiBase {

@@ -1,5 +1,13 @@
-/* Registers the library's nodes (kernel.h) with onnxruntime, on its CPU provider. */
+/* Registers the library's nodes (kernel.h) with onnxruntime, on its CPU provider and, where the library holds
+ * kernels for the GPU at hand, on its CUDA provider. */
 #include "op.h"
+
+#ifdef AF_GPU
+#include "gpu.h"
+#define OPS_OF_A_NODE 2
+#else
+#define OPS_OF_A_NODE 1
+#endif
 
 #include <pthread.h>
 #include <stdarg.h>
@@ -264,6 +272,21 @@ static OrtStatus *fill(registration *self, const af_node *const *nodes, size_t c
   return NULL;
 }
 
+#ifdef AF_GPU
+/* Registers the nodes once more, for GPUs, where this machine has one that they were compiled for. */
+static OrtStatus *add_gpu_ops(registration *self, const af_node *const *nodes, size_t count) {
+  if (!start_gpus()) return NULL;
+  for (size_t i = 0; i < count; i++) {
+    if (!runs_on_gpu(nodes[i], &af_gpu_nodes[i])) continue;
+    custom_op *op = &self->ops[count + i];
+    *op = self->ops[i];
+    move_to_gpu(op, &af_gpu_nodes[i]);
+    RETURN_IF_FAILED(self->api->CustomOpDomain_Add(self->domain, &op->base));
+  }
+  return NULL;
+}
+#endif
+
 /* onnxruntime complains on stderr of a version that it does not have yet, hence the comparison. */
 static bool has_references(const OrtApiBase *base) {
   int minor = 0;
@@ -278,11 +301,14 @@ static OrtStatus *registration_for(const OrtApiBase *base, const OrtApi *api, co
   for (*out = registrations; *out; *out = (*out)->next)
     if ((*out)->api == api) return NULL;
   while (nodes[count]) count++;
-  registration *made = calloc(1, sizeof *made + count * sizeof made->ops[0]);
+  registration *made = calloc(1, sizeof *made + OPS_OF_A_NODE * count * sizeof made->ops[0]);
   if (!made) return no_memory(api);
   made->api = api;
   made->has_references = has_references(base);
   OrtStatus *status = fill(made, nodes, count);
+#ifdef AF_GPU
+  if (!status && base->GetApi(ORT_API_VERSION_OF_DEVICE_MEMORY)) status = add_gpu_ops(made, nodes, count);
+#endif
   if (status) {
     release(made);
     return status;

@@ -61,6 +61,11 @@ class Binary:
     def bytes(self) -> int:
         return self.path.stat().st_size
 
+    @property
+    def text(self) -> Path:
+        """PTX, of a kernel for CUDA."""
+        return self.path.with_suffix(".ptx")
+
 
 def require_triton() -> None:
     """Raises NoTritonError where Triton cannot be imported."""
@@ -140,7 +145,10 @@ def _compile(share: Sequence[tuple[Path, Mapping[str, object]]]) -> None:
                     f"Triton failed on the kernel {description['kernel']} for {description['backend']}:"
                     f"{description['architecture']}; report this with the model:\n{answer['error']}"
                 )
-            write_bytes(place, Path(folder, f"{number}.bin").read_bytes())
+            for made in Path(folder).glob(f"{number}.*"):
+                write_bytes(
+                    place.with_suffix("" if made.suffix == ".bin" else made.suffix), made.read_bytes()
+                )
             write_text(_facts(place), json.dumps(answer))
 
 

@@ -1,0 +1,49 @@
+/* The contract between kernels compiled for GPUs and the plugin: what the library holds beside its af_nodes.
+ *
+ * A library made for GPUs holds an af_gpu_op for each af_op that has a form there, and one table, written by
+ * apollo_fuse/codegen/launches.py; gpu.c launches them.  Extents are bound, and outputs and temporaries sized, by
+ * the af_op, and the work items of each kernel are those of its af_kernel. */
+#ifndef APOLLO_FUSE_LAUNCH_H
+#define APOLLO_FUSE_LAUNCH_H
+
+#include "kernel.h"
+
+/* A kernel as a module for one architecture. */
+typedef struct af_binary {
+  int32_t capability; /* compute capability that it was compiled for, 10 times the major number and the minor */
+  int32_t is_ptx;     /* text, which newer drivers compile for newer devices */
+  int32_t threads, shared_bytes; /* of a block */
+  const void *image;             /* NULL ends a list */
+} af_binary;
+
+/* How a kernel is started.  Its arguments are the addresses of `tensors`, then of `scratch_count` pieces of memory
+ * that have room for each program, then `extents` as 64-bit integers, and two pointers that Triton adds for itself
+ * and that no kernel of ours reads. */
+typedef struct af_launch {
+  const char *name; /* of the function in each module */
+  int32_t items;    /* work items of the af_kernel that a program computes, the last one maybe fewer */
+  int32_t tensor_count, scratch_count, extent_count;
+  const int32_t *tensors; /* their places among the buffers of the af_op */
+  const int32_t *extents; /* their places in n */
+  /* Writes the bytes of each piece of scratch that one program needs. */
+  void (*scratch_bytes)(const int64_t *n, int64_t *bytes);
+  const af_binary *binaries; /* what fits better comes first */
+} af_launch;
+
+typedef struct af_gpu_op {
+  const af_launch *launches; /* the kernels of the af_op, in the same order */
+  /* 0 where each axis that an index tensor points into has elements; otherwise writes a sentence to message and
+   * returns 1.  What the tensors hold is on the device: kernels take an index outside of its axis to the nearest
+   * element. */
+  int (*check)(const int64_t *n, char *message, size_t message_size);
+} af_gpu_op;
+
+/* What belongs to the af_node at the same place of every af_table. */
+typedef struct af_gpu_node {
+  const af_gpu_op *const *ops; /* those of the node's ops; NULL where the node has no form on GPUs */
+  const uint8_t *on_host;      /* for each input of the node whether extents are read from its elements */
+} af_gpu_node;
+
+extern const af_gpu_node af_gpu_nodes[];
+
+#endif

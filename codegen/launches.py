@@ -1,0 +1,155 @@
+"""Kernels compiled for GPUs as C: their binaries as data, and how each is launched (runtime/launch.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from apollo_fuse.codegen import expressions as c
+from apollo_fuse.codegen.interface import index_checks, names_in, unpack
+from apollo_fuse.codegen.table import Node, listed
+from apollo_fuse.codegen.triton.compile import Binary
+from apollo_fuse.codegen.triton.emit import Launch
+from apollo_fuse.gpu import GpuTarget
+from apollo_fuse.kernel import KernelGroup
+from apollo_fuse.scop import Extent
+
+_LINE = 64  # bytes of a binary in a line of text
+_PRINTED = frozenset(range(0x20, 0x7F)) - frozenset(b'"\\?')
+_AS_C = [chr(byte) if byte in _PRINTED else f"\\{byte:03o}" for byte in range(256)]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuForm:
+    """A kernel group for GPUs: its translation unit, its inputs, and the places of those that it reads.
+
+    on_host: those whose elements are extents. on_device: those that kernels read.
+    """
+
+    source: str
+    input_count: int
+    on_host: frozenset[int]
+    on_device: frozenset[int]
+
+
+def gpu_form(
+    group: KernelGroup, name: str, launches: Sequence[Launch], binaries: Mapping[GpuTarget, Sequence[Binary]]
+) -> GpuForm:
+    """The form of the group called `name`; `binaries` are those of the launches, for each GPU of CUDA."""
+    values = [v.name for v in (*group.inputs, *group.outputs, *group.temporaries)]
+    extents = [extent.symbol.name for extent in group.extents]
+    lines = ['#include "launch.h"', "", "#include <stdio.h>"]
+    entries: list[str] = []
+    for k, launch in enumerate(launches):
+        tensors, counted = (
+            [values.index(x) for x in launch.tensors],
+            [extents.index(x) for x in launch.extents],
+        )
+        lines += [
+            f"static const int32_t tensors_{k}[] = {{{listed(tensors)}}};",
+            f"static const int32_t extents_{k}[] = {{{listed(counted)}}};",
+            _scratch_bytes(group, launch, f"scratch_bytes_{k}"),
+            _images(k, {target: compiled[k] for target, compiled in binaries.items()}),
+        ]
+        counts = f"{launch.rows}, {len(tensors)}, {len(launch.scratch)}, {len(counted)}"
+        places = f"tensors_{k}, extents_{k}, scratch_bytes_{k}, binaries_{k}"
+        entries.append(f'{{"{launch.kernel}", {counts}, {places}}}')
+    lines += [
+        f"static const af_launch launches[] = {{{listed(entries)}}};",
+        _check(group),
+        f"const af_gpu_op {name}_gpu = {{launches, check}};",
+    ]
+    read = {name for launch in launches for name in launch.tensors}
+    return GpuForm(
+        "\n".join(lines) + "\n",
+        len(group.inputs),
+        frozenset(e.input for e in group.extents if isinstance(e, Extent) and e.is_element),
+        frozenset(place for place, value in enumerate(group.inputs) if value.name in read),
+    )
+
+
+def gpu_table(nodes: Sequence[Node], forms: Mapping[str, GpuForm]) -> str:
+    """The translation unit with what each node of the library's tables has for GPUs."""
+    lines = ['#include "launch.h"']
+    lines += [f"extern const af_gpu_op {name}_gpu;" for name in sorted(forms)]
+    entries: list[str] = []
+    for number, node in enumerate(nodes):
+        on_host = _on_host(node, forms)
+        if on_host is None:
+            entries.append("{NULL, NULL}")
+            continue
+        ops = listed(f"&{name}_gpu" for name in node.ops)
+        lines += [
+            f"static const af_gpu_op *const ops_{number}[] = {{{ops}}};",
+            f"static const uint8_t on_host_{number}[] = {{{listed(map(int, on_host))}}};",
+        ]
+        entries.append(f"{{ops_{number}, on_host_{number}}}")
+    lines.append(f"const af_gpu_node af_gpu_nodes[] = {{{listed(entries)}}};")
+    return "\n".join(lines) + "\n"
+
+
+def _on_host(node: Node, forms: Mapping[str, GpuForm]) -> list[bool] | None:
+    """Which inputs of the node lie on the host; None where it has no form, as where one would lie on both."""
+    places = iter(node.inputs)
+    host: set[int] = set()
+    device: set[int] = set()
+    for name in node.ops:
+        if name not in forms:
+            return None
+        form = forms[name]
+        for own in range(form.input_count):
+            place = next(places)
+            host |= {place} if own in form.on_host else set()
+            device |= {place} if own in form.on_device else set()
+    return None if host & device else [place in host for place in range(node.input_count)]
+
+
+def _scratch_bytes(group: KernelGroup, launch: Launch, name: str) -> str:
+    sizes = [buffer.bytes for buffer in launch.scratch]
+    lines = [f"static void {name}(const int64_t *n, int64_t *bytes) {{", "  (void)n;", "  (void)bytes;"]
+    lines += unpack(group, names_in(sizes)).splitlines()
+    lines += [f"  bytes[{place}] = {c.index(size)};" for place, size in enumerate(sizes)]
+    return "\n".join([*lines, "}"])
+
+
+def _images(number: int, compiled: Mapping[GpuTarget, Binary]) -> str:
+    """The modules of a launch: code for each GPU, the newest first, and text that newer ones compile."""
+    newest_first = sorted(compiled.items(), key=lambda x: int(x[0].architecture), reverse=True)
+    lines: list[str] = []
+    entries: list[str] = []
+    for target, binary in newest_first:
+        name = f"code_{number}_{target.architecture}"
+        lines.append(_data(name, binary.path.read_bytes()))
+        entries.append(f"{{{target.architecture}, 0, {binary.threads}, {binary.shared_bytes}, {name}}}")
+    for target, binary in newest_first[:1]:
+        lines.append(_data(f"text_{number}", binary.text.read_bytes()))
+        entries.append(
+            f"{{{target.architecture}, 1, {binary.threads}, {binary.shared_bytes}, text_{number}}}"
+        )
+    entries.append("{0, 0, 0, 0, NULL}")
+    return "\n".join([*lines, f"static const af_binary binaries_{number}[] = {{{listed(entries)}}};"])
+
+
+def _data(name: str, content: bytes) -> str:
+    """Bytes as C, with a 0 behind them, which ends a text."""
+    parts = (content[start : start + _LINE] for start in range(0, len(content), _LINE))
+    lines = [f'  "{"".join(_AS_C[byte] for byte in part)}"' for part in parts]
+    return "\n".join([f"static const _Alignas(64) char {name}[] =", *lines]) + ";"
+
+
+def _check(group: KernelGroup) -> str:
+    checks = index_checks(group)
+    lines = [
+        "static int check(const int64_t *n, char *message, size_t message_size) {",
+        *("  (void)n;", "  (void)message;", "  (void)message_size;"),
+    ]
+    lines += unpack(group, names_in(i for x in checks for i in (x.size, x.extent))).splitlines()
+    for x in checks:
+        text = f"input {x.input} holds %lld indices into an axis of no elements, expected none"
+        lines += [
+            f"  if ({c.index(x.size)} > {x.start} && {c.index(x.extent)} < 1) {{",
+            f'    snprintf(message, message_size, "{text}", (long long)({c.index(x.size)}));',
+            "    return 1;",
+            "  }",
+        ]
+    return "\n".join([*lines, "  return 0;", "}"])

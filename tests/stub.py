@@ -1,0 +1,353 @@
+"""A process where libraries launch kernels on GPUs that are not there.
+
+What is in tests/gpu stands in for the driver, and for the CUDA provider of an onnxruntime that has none.
+Triton's interpreter runs what is launched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from apollo_fuse import driver, gpu_kernels, onnx_io
+from apollo_fuse.acceptance import needed_values
+from apollo_fuse.capture import capture
+from apollo_fuse.codegen import link
+from apollo_fuse.codegen.triton.compile import Binary, Job
+from apollo_fuse.codegen.triton.emit import Program, emit
+from apollo_fuse.cost import bound, taken
+from apollo_fuse.extents import evaluate
+from apollo_fuse.fusion import Candidate
+from apollo_fuse.gpu import GpuTarget
+from apollo_fuse.index import Symbol
+from apollo_fuse.measure import session_options
+from apollo_fuse.options import InputShape, Options
+from tests import interpreter
+from tests.fusing import reference_session
+
+Array = np.ndarray
+GPU = Path(__file__).parent / "gpu"
+T = TypeVar("T")
+SHARED = 47 * 1024
+"""What the first of the pretended kernels takes, and each next one more of."""
+
+
+class Launched(ctypes.Structure):
+    """As in stub_driver.c."""
+
+    _fields_ = (
+        ("image", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("device", ctypes.c_int),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+    )
+
+
+_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launched))
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A launch: of which kernel of which module, as how many programs, with which extents."""
+
+    kernel: str
+    module: str
+    programs: int
+    extents: tuple[int, ...]
+
+
+class Stub:
+    """The driver and the provider, in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._driver = _compiled("stub_driver.c", folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
+        self.provider_path = folder / "provider.so"
+        self._provider = _compiled("cuda_provider.c", self.provider_path, f"-I{link._runtime()}", "-ldl")
+        size = ctypes.sizeof(ctypes.c_int) * 2  # of a context, which is the device's stream too
+        first = ctypes.addressof(ctypes.c_char.in_dll(self._driver, "contexts"))
+        streams = (ctypes.c_void_p * 4).in_dll(self._provider, "streams")
+        streams[:] = [first + size * device for device in range(4)]
+
+    def have(self, *capabilities: int) -> None:
+        """The devices of the machine."""
+        (ctypes.c_int * 4).in_dll(self._driver, "capabilities")[: len(capabilities)] = capabilities
+        self._set(self._driver, "device_count", len(capabilities))
+
+    def fail(self, function: str | None, failure: int = 0) -> None:
+        """From now on that function of the driver fails; none does for None."""
+        self._failing = None if function is None else function.encode()
+        ctypes.c_char_p.in_dll(self._driver, "failing").value = self._failing
+        self._set(self._driver, "failure", failure)
+
+    def call(self, on_launch: Callable[[Launched], int] | None) -> None:
+        """What each launch does; its result is the driver's."""
+        self._callback = None if on_launch is None else _Callback(lambda launched: on_launch(launched[0]))
+        pointer = None if self._callback is None else ctypes.cast(self._callback, ctypes.c_void_p).value
+        ctypes.c_void_p.in_dll(self._driver, "on_launch").value = pointer
+
+    def use_device(self, device: int) -> None:
+        """Sessions that this thread makes, and runs, are on that device."""
+        self._provider.use_device(device)
+
+    def counts(self) -> dict[str, int]:
+        """What was counted since the last time."""
+        found: dict[str, int] = {}
+        for library, names in (
+            (self._driver, ("loads", "unloads", "retained", "released", "launches")),
+            (self._provider, ("cpu_ops", "cuda_ops", "blocks_given", "blocks_back", "blocks_spoilt")),
+        ):
+            for name in names:
+                found[name] = ctypes.c_int.in_dll(library, name).value
+                self._set(library, name, 0)
+        return found
+
+    def memory_types(self) -> list[str]:
+        """For each op for CUDA that was registered since the last time, where its inputs lie."""
+        buffer = (ctypes.c_char * 4096).in_dll(self._provider, "memory_types")
+        text = buffer.value.decode()
+        ctypes.memset(buffer, 0, 4096)
+        return text.split()
+
+    def session(self, model: Path, library: Path, *, with_cpu: bool = False) -> ort.InferenceSession:
+        """The model with nothing but the library's ops for CUDA, and with those for the CPU where asked."""
+        ctypes.memset((ctypes.c_char * 1024).in_dll(self._provider, "library"), 0, 1024)
+        (ctypes.c_char * 1024).in_dll(self._provider, "library").value = os.fsencode(library)
+        self._set(self._provider, "registers_cpu_ops", int(with_cpu))
+        options = session_options(2)
+        options.register_custom_ops_library(str(self.provider_path))
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+    def _set(self, library: ctypes.CDLL, name: str, value: int) -> None:
+        ctypes.c_int.in_dll(library, name).value = value
+
+
+def _compiled(source: str, output: Path, *flags: str) -> ctypes.CDLL:
+    command = [
+        "cc",
+        "-std=c11",
+        "-D_GNU_SOURCE",
+        "-shared",
+        "-fPIC",
+        str(GPU / source),
+        *flags,
+        "-o",
+        str(output),
+    ]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(output))
+
+
+# ------------------------------------------------------------------------- kernels that are interpreted
+
+
+class Pretended:
+    """In the place of Triton's compiler: a binary names the job that it would have been made of."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Job] = {}
+        self.shared: dict[str, int] = {}
+        self._modules: dict[str, ModuleType] = {}
+        self._number = count()
+
+    def compile(self, jobs: Sequence[Job], target: GpuTarget, cache: Path, workers: int) -> list[Binary]:
+        """As `compile_kernels`."""
+        found: list[Binary] = []
+        cache.mkdir(exist_ok=True)
+        for job in jobs:
+            number = next(self._number)
+            name = f"job {number}"
+            self.jobs[name], self.shared[name] = job, SHARED + 64 * number
+            path = cache / f"pretended{number}"
+            path.write_text(name)
+            path.with_suffix(".ptx").write_text(name)
+            threads, rows = job.launch.warps * target.warp, job.launch.rows
+            found.append(Binary(path, threads, rows, 32, 0, self.shared[name]))
+        return found
+
+    def run(self, launched: Launched) -> Start:
+        """Interprets the kernel on the memory that the launch gives it."""
+        name = ctypes.string_at(launched.image).decode()
+        job = self.jobs[name]
+        launch = job.launch
+        places = iter(range(len(launch.tensors) + len(launch.scratch) + len(launch.extents) + 2))
+
+        def argument(kind: type) -> int:
+            place = launched.arguments[next(places)]
+            return ctypes.cast(place, ctypes.POINTER(kind))[0] or 0
+
+        tensors = [_tensor(argument(ctypes.c_void_p), job.types[x].numpy) for x in launch.tensors]
+        tensors += [_tensor(argument(ctypes.c_void_p), b.dtype.compute.numpy) for b in launch.scratch]
+        extents = tuple(argument(ctypes.c_int64) for _ in launch.extents)
+        assert [argument(ctypes.c_void_p) for _ in range(2)] == [0, 0]
+        if job.text not in self._modules:
+            self._modules[job.text] = interpreter._module(job.text)
+        constants = {} if launch.block is None else {"BLOCK": launch.block}
+        with np.errstate(all="ignore"):
+            kernel = getattr(self._modules[job.text], launched.name.decode())
+            kernel[launched.grid[0],](*tensors, *extents, **constants)
+        assert tuple(launched.grid)[1:] == (1, 1)
+        assert tuple(launched.block) == (32 * launch.warps, 1, 1)
+        assert launched.shared_bytes == self.shared[name]
+        return Start(launched.name.decode(), job.text, launched.grid[0], extents)
+
+
+def expected(candidate: Candidate, inputs: Sequence[Array]) -> Iterator[Start]:
+    """What emit says that a run of the kernel on these inputs launches."""
+    group = candidate.group
+    program = emit(group, candidate.name, candidate.name)
+    assert isinstance(program, Program)
+    elements = {place: array.reshape(-1).tolist() for place, array in enumerate(inputs) if array.ndim < 2}
+    sizes = bound(group, [array.shape for array in inputs], elements)
+    names = {kernel.name for kernel in taken(group, sizes)}
+    for launch in program.launches:
+        items = evaluate(launch.items, sizes)
+        if launch.kernel in names and items:
+            extents = tuple(sizes[Symbol(name)] for name in launch.extents)
+            yield Start(launch.kernel, program.text, -(-items // launch.rows), extents)
+
+
+def _tensor(address: int, dtype: np.dtype) -> interpreter._Tensor:
+    memory = (ctypes.c_char * 1).from_address(address) if address else (ctypes.c_char * 1)()
+    return interpreter._Tensor(np.frombuffer(memory, np.uint8), interpreter._kind(dtype))
+
+
+# --------------------------------------------------------------------------------- what the process does
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A model whose kernels were launched, and its session gone.
+
+    outputs: what is expected of each, and what came out.
+    """
+
+    outputs: Sequence[tuple[Array, Array]]
+    launched: Counter[Start]
+    expected: Counter[Start]
+    counts: Mapping[str, int]
+    memory_types: Sequence[str]
+
+
+_stub: Stub
+
+
+class Process:
+    """Calls functions in such a process, with its Stub and what else they take."""
+
+    def __init__(self, folder: Path) -> None:
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (folder,))
+
+    def __call__(self, function: Callable[..., T], *arguments: object) -> T:
+        return self._pool.submit(_with_stub, function, arguments).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _begin(folder: Path) -> None:
+    global _stub
+    interpreter._begin()
+    _stub = Stub(folder)
+
+
+def _with_stub(function: Callable[..., T], arguments: Sequence[object]) -> T:
+    _stub.fail(None)
+    _stub.call(None)
+    _stub.use_device(0)
+    gc.collect()
+    _stub.counts()
+    _stub.memory_types()
+    return function(_stub, *arguments)
+
+
+def fused(
+    model: onnx.ModelProto, folder: Path, feeds: Mapping[str, Array], pretended: Pretended | None = None
+) -> tuple[Path, Path, Counter[Start]]:
+    """The fused model without functions and its library for CUDA, and what one run is to launch."""
+    seen: list[Candidate] = []
+    on_gpus = gpu_kernels.on_gpus
+
+    def noted(candidates: Iterable[Candidate], *rest: object) -> object:
+        seen.extend({id(x): x for x in candidates}.values())
+        return on_gpus(seen, *rest)
+
+    pretended = pretended or Pretended()
+    onnx.save(model, folder / "net.onnx")
+    options = Options(
+        shapes=tuple(InputShape(name, array.shape) for name, array in feeds.items() if array.shape),
+        target="cpu,cuda:80",
+        measure=False,
+        strict=True,
+        fuse_all=True,
+        cache_dir=folder / "cache",
+    )
+    with patched(gpu_kernels, "compile_kernels", pretended.compile), patched(driver, "on_gpus", noted):
+        report = driver.fuse(folder / "net.onnx", options=options)
+    assert report.library is not None
+    written = onnx.load(report.output)
+    del written.functions[:]
+    onnx.save(written, report.output)
+    clean = onnx_io.load_clean(folder / "net.onnx", folder)
+    arrays = capture(clean, needed_values(seen), feeds, 2).arrays
+
+    def array(value: ir.Value) -> Array:
+        return value.const_value.numpy() if value.const_value is not None else arrays[value.name or ""]
+
+    starts = (start for x in seen for start in expected(x, [array(value) for value in x.part.inputs]))
+    return report.output, report.library, Counter(starts)
+
+
+@contextmanager
+def patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    old = getattr(module, name)
+    setattr(module, name, value)
+    yield
+    setattr(module, name, old)
+
+
+def run(stub: Stub, model: onnx.ModelProto, feeds: Mapping[str, Array], folder: Path) -> Ran:
+    """Fuses the model and runs it, every kernel of it on the first device."""
+    pretended, launched, problems = Pretended(), Counter[Start](), list[BaseException]()
+
+    def on_launch(what: Launched) -> int:
+        try:
+            launched[pretended.run(what)] += 1
+        except BaseException as problem:  # which a callback cannot raise
+            problems.append(problem)
+            return 1
+        return 0
+
+    path, library, due = fused(model, folder, feeds, pretended)
+    stub.have(80)
+    stub.call(on_launch)
+    session = stub.session(path, library)
+    try:
+        found = session.run(None, dict(feeds))
+    finally:
+        if problems:
+            raise problems[0]
+    del session
+    gc.collect()
+    right = reference_session(model).run(None, dict(feeds))
+    outputs = [(np.asarray(a), np.asarray(b)) for a, b in zip(right, found, strict=True)]
+    return Ran(outputs, launched, due, stub.counts(), stub.memory_types())
