@@ -42,10 +42,10 @@ static OrtStatus *refused(const custom_op *self, const char *function, CUresult 
                  self->node->name, function, error_name(cuda, result));
 }
 
-#define RETURN_IF_REFUSED(self, function, ...)                                    \
-  do {                                                                            \
-    CUresult result_ = cuda->function(__VA_ARGS__);                      \
-    if (result_) return refused(self, "cu" #function, result_);                   \
+#define RETURN_IF_REFUSED(self, function, ...)                  \
+  do {                                                          \
+    CUresult result_ = cuda->function(__VA_ARGS__);             \
+    if (result_) return refused(self, "cu" #function, result_); \
   } while (0)
 
 /* Code runs on devices of the same major number and the same or a higher minor one. */
