@@ -29,7 +29,7 @@ from apollo_fuse.machine import Machine
 from apollo_fuse.measure import interleaved, session_options
 from apollo_fuse.options import Options
 from apollo_fuse.predicted import predicted
-from apollo_fuse.region import Interface, extract, region_inputs, swap
+from apollo_fuse.region import extract, region_inputs, relocated, swap
 from apollo_fuse.stitching import Swap
 from apollo_fuse.tolerance import Array, Doubles
 from apollo_fuse.unfused import Ran, ran
@@ -211,7 +211,7 @@ class Region:
             model = self._extracted()
             copies = dict(zip(nodes, model.graph, strict=True))
             for part in swaps:
-                swap(model, _inside(copies, part), part.name)
+                swap(model, relocated(part.part, copies), part.name)
             model.graph.sort()
             return _session(model, threads, library if swaps else None)
 
@@ -231,21 +231,6 @@ class Region:
         events = json.loads(profile.read_text())
         profile.unlink()
         return ran(events)
-
-
-def _inside(copies: Mapping[ir.Node, ir.Node], candidate: Swap) -> Interface:
-    """The candidate's interface in terms of the copies that `extract` made."""
-    values: dict[ir.Value, ir.Value] = {}
-    for old in candidate.part.nodes:
-        new = copies[old]
-        for a, b in zip((*old.inputs, *old.outputs), (*new.inputs, *new.outputs), strict=True):
-            if a is not None and b is not None:
-                values[a] = b
-    return Interface(
-        tuple(copies[n] for n in candidate.part.nodes),
-        tuple(values[v] for v in candidate.part.inputs),
-        tuple(values[v] for v in candidate.part.outputs),
-    )
 
 
 def _session(

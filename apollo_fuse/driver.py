@@ -181,14 +181,13 @@ class _Compilation:
                 chosen = planner.regroup(chosen, refused)
 
     def _on_gpus(self, taken: Attempt) -> GpuKernels:
-        """What the kernels are on the GPUs of the target: those that are reported, and those that stay."""
+        """What the kernels are on the GPUs of the target."""
         if not self.options.gpus:
             return GpuKernels({}, {})
         self.progress.stage("compile for GPUs", None)
-        kept = (kernel for x in taken.settled.kept for kernel in members(x))
         with self._timed("cc"):
-            candidates = (*taken.chosen.kernels, *kept)
-            found = on_gpus(candidates, solve(self.shapes), self.options, self.warnings.append)
+            sizes = solve(self.shapes)
+            found = on_gpus(taken.chosen.kernels, sizes, self.options, self.warnings.append)
         if held := self._held(taken, found):
             self.warnings.append(
                 f"no GPU has run the kernels for {', '.join(held)}: they were verified as code for "

@@ -7,6 +7,7 @@ computed once, and inlining a producer is a copy with its iterators substituted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -136,8 +137,8 @@ class Block:
 
     @property
     def cost(self) -> int:
-        """Arithmetic per point, in cheap operations: divisions and roots count 4, functions 10."""
-        return sum(_cost(i) for i in self.instructions)
+        """Arithmetic per point, in cheap operations, as `cost_of` counts them."""
+        return sum(map(cost_of, self.instructions))
 
     def substitute(self, values: Mapping[Atom, Index]) -> Block:
         builder = BlockBuilder()
@@ -201,6 +202,19 @@ class Reduction:
     iterators: tuple[Iterator, ...]
 
 
+def identity(op: Op, dtype: DType) -> Constant:
+    """What an accumulator of ADD, MUL, MAX or MIN starts from."""
+    if op in (Op.ADD, Op.MUL):
+        return Constant(0 if op is Op.ADD else 1, dtype)
+    least = op is Op.MAX
+    if dtype.is_float:
+        return Constant(-math.inf if least else math.inf, dtype)
+    if dtype is DType.BOOL:
+        return Constant(not least, dtype)
+    low, high = dtype.integer_range
+    return Constant(low if least else high, dtype)
+
+
 def _reachable(instructions: list[Instruction], result: int) -> tuple[Instruction, ...]:
     needed = {result}
     for place in range(result, -1, -1):
@@ -217,7 +231,8 @@ def _reachable(instructions: list[Instruction], result: int) -> tuple[Instructio
     return tuple(kept)
 
 
-def _cost(item: Instruction) -> int:
+def cost_of(item: Instruction) -> int:
+    """Cheap operations that an instruction counts as: divisions and roots 4, functions 10."""
     if not isinstance(item, Apply):
         return 0
     if item.op in (Op.DIV, Op.SQRT, Op.FLOOR_MOD, Op.TRUNC_MOD):

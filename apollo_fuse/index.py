@@ -269,6 +269,19 @@ class Index:
 
     __repr__ = __str__
 
+    def written(self, atom: Callable[[Atom], str]) -> str:
+        """As an expression of a programming language, in which atoms are written as `atom` does."""
+        if not self.terms:
+            return "0"
+        pieces: list[str] = []
+        for monomial, coefficient in self.terms:
+            factors = list(map(atom, monomial))
+            if abs(coefficient) != 1 or not factors:
+                factors.append(str(abs(coefficient)))
+            pieces.append(("- " if coefficient < 0 else "+ ") + " * ".join(factors))
+        text = " ".join(pieces)
+        return text[2:] if text.startswith("+ ") else "-" + text[2:]
+
 
 ZERO = Index.of(0)
 ONE = Index.of(1)

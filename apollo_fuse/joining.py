@@ -25,8 +25,6 @@ from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial
 from apollo_fuse.verify import NOTHING, coarsest, failed, verify
 
-_PREDICTED = "predicted to take {:.1f} us together, and {:.1f} us apart"
-
 
 @dataclass(frozen=True, slots=True)
 class Joined:
@@ -51,15 +49,18 @@ def join(
 ) -> Joined:
     """Joins the plan's kernels, whose judgements are given, into stitches, and judges those."""
     found = list(stitches(model, chosen.kernels, judgements))
+    if not found:
+        return Joined((), {})
     distinct = {x.variant: x for x in reversed(found)}
     captures = capture(trial.clean, needed_values(distinct.values()), feeds, trial.threads)
     library = trial.folder / "stitches.so"
     judge = _Judge(dict(model.opset_imports), captures, library, options, trial.threads, machine, judgements)
-    hopeful = [x for x in distinct.values() if judge.expects_gain(x)]
+    predictions = {variant: judge.predicted(x) for variant, x in distinct.items()}
+    hopeful = [x for variant, x in distinct.items() if predictions[variant].gains]
     if hopeful and options.measure:
         kernels = {x.name: x for joined in hopeful for x in joined.members}
         trial.library([*hopeful, *kernels.values()], library)
-    known = {x.variant: judge(x) for x in hopeful}
+    known = {x.variant: judge(x, predictions[x.variant]) for x in hopeful}
     return Joined(tuple(x for x in found if x.variant in known), known)
 
 
@@ -80,6 +81,20 @@ def _unit(candidate: Candidate, judgement: Judgement) -> Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class _Prediction:
+    """Seconds of the kernels together, of the better way for each apart, and of onnxruntime alone."""
+
+    together: float
+    apart: float
+    unfused: float
+
+    @property
+    def gains(self) -> bool:
+        """Whether it is worth a measurement, or without one worth doing."""
+        return self.together < WINS * min(self.apart, self.unfused)
+
+
+@dataclass(frozen=True, slots=True)
 class _Judge:
     """Judges a stitch as `acceptance.judge` does a kernel; `judgements` are those of its members."""
 
@@ -91,18 +106,11 @@ class _Judge:
     machine: Machine
     judgements: Mapping[str, Judgement]
 
-    def expects_gain(self, joined: Stitch) -> bool:
-        """Whether it is worth a measurement, by the cost model."""
-        together, apart, unfused = self._predicted(joined)
-        return together < WINS * min(apart, unfused)
-
-    def __call__(self, joined: Stitch) -> Judgement:
+    def __call__(self, joined: Stitch, expected: _Prediction) -> Judgement:
         """Verifies on captured inputs that each kernel is given what it should, then measures it."""
-        together, apart, before = self._predicted(joined)
+        together, before = expected.together, expected.unfused
         if not self.options.measure:
-            loses = together >= min(apart, before)
-            reason = _PREDICTED.format(together * 1e6, apart * 1e6) if loses else ""
-            return Judgement(NOTHING, None, None, reason, before, together)
+            return Judgement(NOTHING, None, None, "", before, together)
         nodes = context(joined)
         accepted = [x for x in joined.members if self.judgements[x.variant].accepted]
         try:
@@ -124,8 +132,7 @@ class _Judge:
             reason = "not faster than its kernels one by one"
         return Judgement(verdict, unfused.minimum, fused.minimum, reason, before, together, each.minimum)
 
-    def _predicted(self, joined: Stitch) -> tuple[float, float, float]:
-        """Seconds of the kernels together, of the better way for each apart, and of onnxruntime alone."""
+    def predicted(self, joined: Stitch) -> _Prediction:
         used = self.options.threads or self.machine.cores
         groups = [(x.group, extents_of(x, self.captures.arrays)) for x in joined.members]
         together = cost_of_stitch(groups, self.machine, used).seconds
@@ -135,4 +142,4 @@ class _Judge:
             j.predicted if j.accepted and j.predicted is not None else before
             for j, before in zip(known, unfused, strict=True)
         ]
-        return together, sum(apart), sum(unfused)
+        return _Prediction(together, sum(apart), sum(unfused))

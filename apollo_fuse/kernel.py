@@ -243,6 +243,28 @@ def buffers_of(steps: tuple[Step, ...]) -> set[str]:
     return names
 
 
+def written_by(steps: tuple[Step, ...]) -> set[str]:
+    """The buffers that the steps write."""
+    names: set[str] = set()
+    for step in walk(steps):
+        match step:
+            case Compute(_, _, targets, _):
+                names |= {target.buffer for target in targets}
+            case Initialise(target, _) | Copy(_, target):
+                names.add(target.buffer)
+            case Loop():
+                pass
+    return names
+
+
+def strides(grid: tuple[Iterator, ...]) -> Generator[tuple[Iterator, Index]]:
+    """The axes of a grid, the last first, each with the work items from one of its places to the next."""
+    stride = ONE
+    for axis in reversed(grid):
+        yield axis, stride
+        stride = stride * axis.extent
+
+
 def work(steps: tuple[Step, ...]) -> Index:
     """Cheap operations of the steps, reads and writes counted as two for each statement."""
     total = ZERO

@@ -146,6 +146,8 @@ class Planner:
         if not self.options.stitches_parallelism:
             return ()
         small = [x for x in left if x.refused.rule == NOT_WORTH_IT and _is_small(x.micro_graph)]
+        if not small:
+            return ()
         areas = [*(x.micro_graph for x in candidates), *(x.micro_graph for x in small)]
         found: list[Companion] = []
         for graph in graphs(self.model.graph):

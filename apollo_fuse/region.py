@@ -36,6 +36,21 @@ def interface(micro_graph: MicroGraph, names: Mapping[str, ir.Value]) -> Interfa
     )
 
 
+def relocated(part: Interface, copies: Mapping[ir.Node, ir.Node]) -> Interface:
+    """The interface in another copy of its graph; `copies` gives the copy of each node."""
+    values: dict[ir.Value, ir.Value] = {}
+    for old in part.nodes:
+        new = copies[old]
+        for a, b in zip((*old.inputs, *old.outputs), (*new.inputs, *new.outputs), strict=True):
+            if a is not None and b is not None:
+                values[a] = b
+    return Interface(
+        tuple(copies[node] for node in part.nodes),
+        tuple(values[v] for v in part.inputs),
+        tuple(values[v] for v in part.outputs),
+    )
+
+
 def body_text(part: Interface) -> str:
     """The sub-graph without names: equal texts are equal functions."""
     places = {value: f"i{n}" for n, value in enumerate(part.inputs)}

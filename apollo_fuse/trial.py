@@ -18,7 +18,7 @@ from apollo_fuse.codegen.launches import GpuForm, gpu_table
 from apollo_fuse.codegen.table import tables
 from apollo_fuse.layout import pin
 from apollo_fuse.measure import session_options
-from apollo_fuse.region import Interface, swap
+from apollo_fuse.region import relocated, swap
 from apollo_fuse.stitching import Swap, entry, members
 
 
@@ -98,23 +98,8 @@ class Trial:
         model = self.clean.clone()
         positions = dict(enumerate(nodes(model.graph)))
         for candidate in chosen:
-            swap(model, _relocated(candidate, positions), candidate.name)
+            copies = {o.node: positions[o.position] for o in candidate.micro_graph.operators}
+            swap(model, relocated(candidate.part, copies), candidate.name)
         pin(model)
         model.graph.sort()
         return model
-
-
-def _relocated(candidate: Swap, positions: Mapping[int, ir.Node]) -> Interface:
-    """The candidate's interface in another copy of the same clean model."""
-    pairs = [(o.node, positions[o.position]) for o in candidate.micro_graph.operators]
-    values: dict[ir.Value, ir.Value] = {}
-    for old, new in pairs:
-        for a, b in zip((*old.inputs, *old.outputs), (*new.inputs, *new.outputs), strict=True):
-            if a is not None and b is not None:
-                values[a] = b
-    part = candidate.part
-    return Interface(
-        tuple(new for _, new in pairs),
-        tuple(values[v] for v in part.inputs),
-        tuple(values[v] for v in part.outputs),
-    )

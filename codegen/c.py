@@ -13,7 +13,7 @@ from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import op_interface, unpack
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
-from apollo_fuse.index import ONE, Index, Indirect, Iterator
+from apollo_fuse.index import Index, Indirect, Iterator
 from apollo_fuse.kernel import (
     Buffer,
     Compute,
@@ -27,8 +27,10 @@ from apollo_fuse.kernel import (
     Step,
     Target,
     buffers_of,
+    strides,
     walk,
     work,
+    written_by,
 )
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
@@ -62,7 +64,7 @@ class _Writer:
                     self.loop(step)
                 case Initialise(target, op):
                     buffer = self.kernel.buffer(target.buffer)
-                    start = c.identity(op, buffer.dtype)
+                    start = c.initial(op, buffer.dtype)
                     if target.buffer in self.scalars:
                         self.line(f"{c.compute_type(buffer.dtype)} {target.buffer} = {start};")
                     else:
@@ -121,7 +123,7 @@ class _Writer:
         Of tensors that the kernel writes too, where it does so before the loop.
         """
         inside = {loop.iterator} | {step.iterator for step in walk(loop.body) if isinstance(step, Loop)}
-        changing = self.scalars | _written(loop)
+        changing = self.scalars | written_by(loop.body)
         loads = (load for step in walk(loop.body) if isinstance(step, Compute) for load in step.block.loads)
         alike = (x for x in loads if not _tensors(x) & changing and not x.indices[0].iterators() & inside)
         return list(dict.fromkeys(alike))
@@ -228,20 +230,6 @@ class _Writer:
         buffer = self.kernel.buffer(target.buffer)
         stored = c.store(buffer.dtype, value) if buffer.scope is Scope.GLOBAL else value
         self.line(f"{self.place(target)} = {stored};")
-
-
-def _written(loop: Loop) -> set[str]:
-    """The buffers that a loop writes."""
-    targets: set[str] = set()
-    for step in walk(loop.body):
-        match step:
-            case Compute():
-                targets |= {target.buffer for target in step.targets}
-            case Copy() | Initialise():
-                targets.add(step.target.buffer)
-            case Loop():
-                pass
-    return targets
 
 
 def _tensors(load: Load) -> set[str]:
@@ -352,13 +340,10 @@ def _grid(writer: _Writer, grid: tuple[Iterator, ...]) -> None:
     if len(grid) == 1:
         writer.line(f"const int64_t {grid[0].name} = item;")
         return
-    inner = ONE
-    for place in range(len(grid) - 1, -1, -1):
-        axis = grid[place]
-        quotient = "item" if inner.is_one else f"item / ({c.index(inner)})"
-        rest = "" if place == 0 else f" % ({c.index(axis.extent)})"
+    for axis, stride in strides(grid):
+        quotient = "item" if stride.is_one else f"item / ({c.index(stride)})"
+        rest = "" if axis is grid[0] else f" % ({c.index(axis.extent)})"
         writer.line(f"const int64_t {axis.name} = {quotient}{rest};")
-        inner = inner * axis.extent
 
 
 def _symbols(kernel: Kernel) -> set[str]:

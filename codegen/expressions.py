@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from apollo_fuse.dtypes import DType
-from apollo_fuse.expressions import Constant, Op
+from apollo_fuse.expressions import Constant, Op, identity
 from apollo_fuse.index import Atom, Formula, Index, Indirect, Iterator, Maximum, Quotient, Symbol
 
 STORAGE = {
@@ -84,6 +84,11 @@ def store(dtype: DType, text: str) -> str:
             return text
 
 
+def initial(op: Op, dtype: DType) -> str:
+    """What an accumulator starts from."""
+    return literal(identity(op, dtype))
+
+
 def literal(constant: Constant) -> str:
     value, dtype = constant.value, constant.dtype
     if dtype.is_float:
@@ -104,23 +109,6 @@ def literal(constant: Constant) -> str:
     if number == -(2**31):
         return "INT32_MIN"
     return f"{number}u" if dtype is DType.UINT32 else str(number)
-
-
-def identity(op: Op, dtype: DType) -> str:
-    """What an accumulator starts from."""
-    match op:
-        case Op.ADD:
-            return literal(Constant(0, dtype))
-        case Op.MUL:
-            return literal(Constant(1, dtype))
-        case _:
-            least = op is Op.MAX
-    if dtype.is_float:
-        return "-INFINITY" if least else "INFINITY"
-    if dtype is DType.BOOL:
-        return "0" if least else "1"
-    low, high = dtype.integer_range
-    return literal(Constant(low if least else high, dtype))
 
 
 def apply(op: Op, operands: tuple[str, ...], sources: tuple[DType, ...], dtype: DType) -> str:
@@ -186,16 +174,7 @@ def cast(value: str, source: DType, target: DType) -> str:
 
 def index(value: Index) -> str:
     """An index as an int64_t expression."""
-    if not value.terms:
-        return "0"
-    pieces: list[str] = []
-    for monomial, coefficient in value.terms:
-        factors = [_atom(atom) for atom in monomial]
-        if abs(coefficient) != 1 or not factors:
-            factors.append(str(abs(coefficient)))
-        pieces.append(("- " if coefficient < 0 else "+ ") + " * ".join(factors))
-    text = " ".join(pieces)
-    return text[2:] if text.startswith("+ ") else "-" + text[2:]
+    return value.written(_atom)
 
 
 def formula(value: Formula) -> str:

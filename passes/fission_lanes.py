@@ -7,12 +7,24 @@ chain.  So it becomes several loops, which hand values on through on-chip memory
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from apollo_fuse.dtypes import DType
-from apollo_fuse.expressions import Apply, Block, BlockBuilder, Load
+from apollo_fuse.expressions import Apply, Block, BlockBuilder, Load, cost_of
 from apollo_fuse.index import Index
-from apollo_fuse.kernel import Buffer, Compute, Kernel, Loop, LoopKind, Scope, Step, Target, walk
+from apollo_fuse.kernel import (
+    Buffer,
+    Compute,
+    Kernel,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    Target,
+    buffers_of,
+    written_by,
+)
 
 BODY = 20
 """Cheap operations of a body (`Block.cost`): 60 instructions or fewer, a function of 10 being 20 to 35."""
@@ -73,15 +85,9 @@ class _Fission:
     def _widen(self, loops: list[Loop], lane: Index) -> list[Step]:
         """The loops with a place for each lane in every scalar that passes from one to another."""
         local = {b.name: b for b in self.kernel.buffers if b.scope is not Scope.GLOBAL and b.size.is_one}
-        mentions: dict[str, set[int]] = {}
-        for number, loop in enumerate(loops):
-            for step in walk(loop.body):
-                if isinstance(step, Compute):
-                    names = {t.buffer for t in step.targets} | {load.tensor for load in step.block.loads}
-                    for name in names & local.keys():
-                        mentions.setdefault(name, set()).add(number)
-        written = {t.buffer for loop in loops for s in loop.body if isinstance(s, Compute) for t in s.targets}
-        crossing = {name for name, places in mentions.items() if len(places) > 1 and name in written}
+        mentions = Counter(name for loop in loops for name in buffers_of(loop.body) & local.keys())
+        written = {name for loop in loops for name in written_by(loop.body)}
+        crossing = {name for name in written if mentions[name] > 1}
         for name in crossing:
             self.widened.add(name)
             self.buffers.append(replace(local[name], size=loops[0].iterator.extent, scope=Scope.SHARED))
@@ -136,7 +142,7 @@ class _Left:
         """Where the next part ends: where it is neither long nor short, and the fewest values are live."""
         cost, best, fewest = 0, None, None
         for place in range(self.done, len(self.block.instructions)):
-            cost += Block((self.block.instructions[place],)).cost
+            cost += cost_of(self.block.instructions[place])
             if cost > BODY and best is not None:
                 return best
             if 2 * cost > BODY:

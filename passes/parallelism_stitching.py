@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from apollo_fuse.passes.extract_clusters import node_successors
 
-RULE = "parallelism_stitching"
 MOST_TENSORS = 512
 """Inputs and outputs of a stitch: the pointers in 4 KiB, which every CUDA device takes as arguments."""
 FEW = 8

@@ -29,6 +29,7 @@ from apollo_fuse.kernel import (
     substituted,
     walk,
     work,
+    written_by,
 )
 
 FEW = 15  # work items up to which there may be fewer than threads
@@ -80,7 +81,7 @@ class _Splitting:
         if local is not None:
             self.recipes.append(local)
         written = step if isinstance(step, Loop) else self._targeting(step, local=False)
-        if written is not None and _written((written,)) - self.local.keys():
+        if written is not None and written_by((written,)) - self.local.keys():
             self.pending.append(written)
 
     def split(self, loop: Loop, elsewhere: set[str]) -> bool:
@@ -88,7 +89,7 @@ class _Splitting:
         operations = _folded(loop)
         if any(self.local[name].size.constant is None for name in operations):
             return False
-        if (_written((loop,)) - operations.keys()) & self.local.keys() & elsewhere:
+        if (written_by((loop,)) - operations.keys()) & self.local.keys() & elsewhere:
             return False
         self.finish()  # the loop may read what the steps before it write
         part, inner, limit = _part(loop)
@@ -116,7 +117,7 @@ class _Splitting:
             fold = _each(lane, Compute("P", block, (own,), op))
             combined += [_each(lane, Initialise(own, op)), Loop(before, LoopKind.SEQUENTIAL, (fold,))]
         self._emit((*starts, Loop(inner, loop.kind, body, limit), *stores), (*self.kernel.grid, part))
-        self.recipes = [r for r in self.recipes if not _written((r,)) & operations.keys()] + combined
+        self.recipes = [r for r in self.recipes if not written_by((r,)) & operations.keys()] + combined
         return True
 
     def finish(self) -> None:
@@ -130,7 +131,7 @@ class _Splitting:
         needed = (buffers_of(steps) & self.local.keys()) - started
         prologue: list[Step] = []
         for recipe in reversed(self.recipes):
-            if _written((recipe,)) & needed:
+            if written_by((recipe,)) & needed:
                 prologue.insert(0, recipe)
                 needed |= (buffers_of((recipe,)) & self.local.keys()) - started
         body = (*prologue, *steps)
@@ -181,19 +182,6 @@ def _folded(loop: Loop) -> dict[str, Op]:
         for s in computes
         if s.combine is not None and s.targets[0].buffer not in inside
     }
-
-
-def _written(steps: tuple[Step, ...]) -> set[str]:
-    names: set[str] = set()
-    for step in walk(steps):
-        match step:
-            case Compute(_, _, targets, _):
-                names |= {t.buffer for t in targets}
-            case Initialise(target, _) | Copy(_, target):
-                names.add(target.buffer)
-            case Loop():
-                pass
-    return names
 
 
 def _each(lane: Iterator, step: Step) -> Step:

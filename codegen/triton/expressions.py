@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 
 from apollo_fuse.dtypes import DType
-from apollo_fuse.expressions import Constant, Op
+from apollo_fuse.expressions import Constant, Op, identity
 from apollo_fuse.index import Atom, Index, Indirect, Iterator, Maximum, Quotient, Symbol, non_negative
 
 STORAGE = {
@@ -72,26 +72,14 @@ def literal(constant: Constant) -> str:
     return str(bool(value)) if dtype is DType.BOOL else str(int(value))
 
 
+def initial(op: Op, dtype: DType) -> str:
+    """What an accumulator starts from."""
+    return literal(identity(op, dtype))
+
+
 def typed(constant: Constant) -> str:
     """A constant with a type of its own, for where nothing beside it has one."""
     return f"tl.full((), {literal(constant)}, {compute_type(constant.dtype)})"
-
-
-def identity(op: Op, dtype: DType) -> str:
-    """What an accumulator starts from."""
-    match op:
-        case Op.ADD:
-            return literal(Constant(0, dtype))
-        case Op.MUL:
-            return literal(Constant(1, dtype))
-        case _:
-            least = op is Op.MAX
-    if dtype.is_float:
-        return literal(Constant(-math.inf if least else math.inf, dtype))
-    if dtype is DType.BOOL:
-        return str(not least)
-    low, high = dtype.integer_range
-    return str(low if least else high)
 
 
 def combine(op: Op, dtype: DType, left: str, right: str) -> str:
@@ -202,16 +190,7 @@ def cast(value: str, source: DType, target: DType) -> str:
 
 def index(value: Index, indirect: Mapping[Indirect, str]) -> str:
     """An index; `indirect` names what was read from index tensors."""
-    if not value.terms:
-        return "0"
-    pieces: list[str] = []
-    for monomial, coefficient in value.terms:
-        factors = [_atom(atom, indirect) for atom in monomial]
-        if abs(coefficient) != 1 or not factors:
-            factors.append(str(abs(coefficient)))
-        pieces.append(("- " if coefficient < 0 else "+ ") + " * ".join(factors))
-    text = " ".join(pieces)
-    return text[2:] if text.startswith("+ ") else "-" + text[2:]
+    return value.written(lambda atom: _atom(atom, indirect))
 
 
 def factor(value: Index, indirect: Mapping[Indirect, str]) -> str:

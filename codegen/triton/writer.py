@@ -11,8 +11,20 @@ from apollo_fuse.codegen.triton import expressions as t
 from apollo_fuse.codegen.triton.barriers import Barriers, shared_memory
 from apollo_fuse.codegen.triton.blocks import are_rows, block_of, folded_by, rounded_up
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
-from apollo_fuse.index import ONE, Index, Indirect, Iterator
-from apollo_fuse.kernel import Buffer, Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
+from apollo_fuse.index import Index, Indirect, Iterator
+from apollo_fuse.kernel import (
+    Buffer,
+    Compute,
+    Copy,
+    Initialise,
+    Kernel,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    Target,
+    strides,
+)
 
 
 class NotEmitted(Exception):
@@ -95,13 +107,10 @@ class Writer:
             return grid[0].name
         elif grid:
             self.line(f"program = {own}")
-        inner = ONE
-        for place in range(len(grid) - 1, -1, -1):
-            axis = grid[place]
-            quotient = "program" if inner.is_one else f"program // {self.factor(inner)}"
-            rest = "" if place == 0 else f" % {self.factor(axis.extent)}"
+        for axis, stride in strides(grid):
+            quotient = "program" if stride.is_one else f"program // {self.factor(stride)}"
+            rest = "" if axis is grid[0] else f" % {self.factor(axis.extent)}"
             self.line(f"{axis.name} = {quotient}{rest}")
-            inner = inner * axis.extent
         return "program" if grid else "0"
 
     def place(self, buffer: Buffer, start: str) -> None:
@@ -255,7 +264,7 @@ class Writer:
                 dtype = self.kernel.buffer(name).dtype
                 self._partial[name] = f"{name}_lanes"
                 shape = f"({block},)" if self._row is None else f"({self._row.size}, {block})"
-                start = t.identity(op, dtype)
+                start = t.initial(op, dtype)
                 self.line(f"{name}_lanes = tl.full({shape}, {start}, {t.compute_type(dtype)})")
                 folded.append((name, op))
         return folded
@@ -272,7 +281,7 @@ class Writer:
         lane, own = self._lane, name in self._varying if name in self.values else self._varies(target.offset)
         if lane is not None and not own:
             if lane.inside is not None:
-                value = f"tl.where({lane.inside}, {value}, {t.identity(op, dtype)})"
+                value = f"tl.where({lane.inside}, {value}, {t.initial(op, dtype)})"
             elif not varies:
                 value = f"tl.broadcast_to({value}, {self._shape(True)})"
             if name in self._partial:
@@ -287,7 +296,7 @@ class Writer:
     def _initialise(self, target: Target, op: Op) -> None:
         dtype = self.kernel.buffer(target.buffer).dtype
         lanes = self._lane is not None and not target.offset.is_zero
-        start = f"tl.full({self._shape(lanes)}, {t.identity(op, dtype)}, {t.compute_type(dtype)})"
+        start = f"tl.full({self._shape(lanes)}, {t.initial(op, dtype)}, {t.compute_type(dtype)})"
         self._write(target, start, lanes)
 
     def _compute(self, step: Compute) -> None:
