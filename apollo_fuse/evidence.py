@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from apollo_fuse.acceptance import CLEAR_GAIN, Judgement, in_context
 from apollo_fuse.codegen import link
+from apollo_fuse.codegen.transposed import stack_bytes
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.graph import Refused
 from apollo_fuse.kernel import KernelGroup, Scope
@@ -59,7 +60,8 @@ def _arrays(group: KernelGroup) -> int:
     """Bytes of the largest kernel's arrays on the stack."""
     return max(
         (
-            sum(
+            stack_bytes(kernel)
+            + sum(
                 size * b.dtype.compute.size
                 for b in kernel.buffers
                 if b.scope is not Scope.GLOBAL and (size := b.size.constant) is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import op_interface, unpack
+from apollo_fuse.codegen.transposed import Transposed, transposed
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
 from apollo_fuse.index import Index, Indirect, Iterator
@@ -38,11 +39,13 @@ STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
 
 def emit(group: KernelGroup, name: str, comment: str) -> str:
     """The translation unit that defines ``const af_op AF_OP(NAME)``; `comment` says what it computes."""
-    parts = [f"/* {comment} */", '#include "kernel.h"', '#include "scalar.h"', "#include <stdio.h>", ""]
-    for kernel in group.kernels:
-        parts.append(_kernel(group, kernel))
-    parts.append(op_interface(group, name))
-    return "\n".join(parts)
+    kernels = [_kernel(group, kernel) for kernel in group.kernels]
+    headers = ["kernel.h", "scalar.h"]
+    if any("af_transpose_" in kernel for kernel in kernels):
+        headers.append("transpose.h")
+    includes = [f'#include "{header}"' for header in headers]
+    head = [f"/* {comment} */", *includes, "#include <stdio.h>", ""]
+    return "\n".join([*head, *kernels, op_interface(group, name)])
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class _Writer:
     lines: list[str] = field(default_factory=list)
     depth: int = 1
     hoisted: dict[Load, str] = field(default_factory=dict)  # reads that a variable outside of the loop holds
+    turned: dict[Target, str] = field(default_factory=dict)  # accesses that tiles serve, and where there
     unordered: dict[str, str] = field(default_factory=dict)  # maxima and minima: whether a NaN was met
 
     def line(self, text: str) -> None:
@@ -87,7 +91,8 @@ class _Writer:
             return
         invariant = self.invariant(loop) if loop.kind is LoopKind.LANE else []
         extremes = self.extremes(loop) if loop.kind is LoopKind.LANE else {}
-        scoped = loop.limit is not None or bool(invariant) or bool(extremes)
+        tiles = transposed(self.kernel, loop)
+        scoped = loop.limit is not None or bool(invariant) or bool(extremes) or tiles is not None
         if scoped:
             self.line("{")
             self.depth += 1
@@ -102,6 +107,8 @@ class _Writer:
             self.unordered[accumulator] = f"{accumulator}_nan"
             kind = "int64_t" if dtype is DType.FLOAT64 else "int32_t"
             self.line(f"{kind} {self.unordered[accumulator]} = 0;")
+        if tiles is not None:
+            end = self.turn(tiles, name, end)
         if loop.kind is LoopKind.LANE:
             self.line("#pragma omp simd" + "".join(self.clauses(loop)))
         self.line(f"for (int64_t {name} = 0; {name} < {end}; {name}++) {{")
@@ -109,6 +116,8 @@ class _Writer:
         self.steps(loop.body)
         self.depth -= 1
         self.line("}")
+        if tiles is not None:
+            self.turn_back(tiles)
         for accumulator in extremes:
             self.line(f"{accumulator} = {self.unordered.pop(accumulator)} ? NAN : {accumulator};")
         for load in invariant:
@@ -116,6 +125,28 @@ class _Writer:
         if scoped:
             self.depth -= 1
             self.line("}")
+
+    def turn(self, tiles: Transposed, rows: str, end: str) -> str:
+        """Declares the tiles and fills those that are read; gives the name of how many rows there are."""
+        columns = c.index(tiles.lane.iterator.extent)
+        if tiles.lane.limit is not None:
+            left = c.index(tiles.lane.limit)
+            columns = f"{left} < {columns} ? {left} : {columns}"
+        self.line(f"const int64_t {rows}_rows = {end};")
+        self.line(f"const int64_t {rows}_columns = {columns};")
+        for access, tile in (*tiles.reads.items(), *tiles.writes.items()):
+            self.line(tile.declaration)
+            self.turned[access] = tile.place
+        for tile in tiles.reads.values():
+            self.line(tile.read(f"{rows}_rows", f"{rows}_columns"))
+        return f"{rows}_rows"
+
+    def turn_back(self, tiles: Transposed) -> None:
+        for access, tile in tiles.writes.items():
+            self.line(tile.write(f"{tile.row.name}_rows", f"{tile.row.name}_columns"))
+            del self.turned[access]
+        for access in tiles.reads:
+            del self.turned[access]
 
     def invariant(self, loop: Loop) -> list[Load]:
         """Reads alike for all lanes; under a condition, one keeps a loop from being vectorised.
@@ -219,6 +250,8 @@ class _Writer:
     def place(self, target: Target) -> str:
         if target.buffer in self.scalars:
             return target.buffer
+        if target in self.turned:
+            return self.turned[target]
         return f"{target.buffer}[{c.index(target.offset)}]"
 
     def read(self, target: Target) -> str:
