@@ -241,8 +241,11 @@ class _State:
             accumulator = self._accumulator(placed)
             assert placed.statement.reduction is not None
             before.append(Initialise(accumulator, placed.statement.reduction.op))
-            if placed.statement.target.name not in self.nests.local_sizes:
-                after.append(Copy(accumulator, Target(placed.statement.target.name, placed.offset)))
+            tensor = placed.statement.target.name
+            if tensor not in self.nests.local_sizes:
+                after.append(Copy(accumulator, Target(tensor, placed.offset)))
+            elif accumulator.buffer != tensor:
+                after.append(Copy(accumulator, self._local(tensor, placed.offset)))
         body = self.steps(nest.children, (*around, iterator))
         innermost = self.lanes.lane is None and not any(isinstance(step, Loop) for step in body)
         kind = LoopKind.LANE if innermost else LoopKind.SEQUENTIAL
@@ -287,8 +290,10 @@ class _State:
         return Compute(statement.name, block, tuple(targets))
 
     def _accumulator(self, placed: Placed) -> Target:
+        """Where a reduction is added up: in a register, of each lane where lanes are around it."""
         target = placed.statement.target
-        if target.name in self.nests.local_sizes:
+        kept = self.nests.local_sizes.get(target.name)
+        if kept is not None and (kept.is_one or self.lanes.lane is not None):
             return self._local(target.name, placed.offset)
         name = f"{target.name}_sum"
         self.local.setdefault(name, Buffer(name, target.dtype, self.lanes.width, Scope.REGISTER))

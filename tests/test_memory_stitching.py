@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from apollo_fuse import onnx_io
-from apollo_fuse.kernel import KernelGroup, Scope
+from apollo_fuse.kernel import Compute, KernelGroup, Scope, walk
 from apollo_fuse.measure import session_options
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan, plan
@@ -143,6 +143,37 @@ def test_a_chain_of_reductions_is_one_operator(name: str, tmp_path: Path) -> Non
     made = found.candidates[0].micro_graph.operators
     nodes = len(onnx_io.load_clean(tmp_path / "model.onnx", tmp_path).graph)
     assert len(made) == nodes
+
+
+def pooled_and_normalised(channels: int, length: int) -> onnx.ModelProto:
+    """The greatest Tanh of each channel, then a normalisation over the channels."""
+    graph = Graph("pooled_and_normalised")
+    x = graph.input("x", ["N", channels, length])
+    pooled = graph.op("ReduceMax", graph.op("Tanh", x), LAST_AXIS, keepdims=0)
+    centred = graph.op("Sub", pooled, graph.op("ReduceMean", pooled, LAST_AXIS))
+    variance = graph.op("ReduceMean", graph.op("Mul", centred, centred), LAST_AXIS)
+    graph.output(graph.op("Div", centred, graph.op("Sqrt", variance)), "out", ["N", channels])
+    return graph.model()
+
+
+def test_a_reduction_inside_the_loop_of_another_is_added_up_in_a_register(
+    tmp_path: Path, cache: Path
+) -> None:
+    """What the outer one keeps of it goes to memory once, and lanes share an accumulator."""
+    model = pooled_and_normalised(24, 50)
+    (kernel,) = group_of(model, tmp_path).kernels
+    kept = {b.name for b in kernel.buffers if b.scope is Scope.SHARED}
+    combined = {
+        t.buffer for s in walk(kernel.body) if isinstance(s, Compute) and s.combine for t in s.targets
+    }
+    assert kept and not kept & combined
+    fused = fuse_to_session(model, tmp_path, cache, shapes={"x": (2, 24, 50)})
+    x = np.random.default_rng(0).standard_normal((3, 24, 50)).astype(np.float32)
+    ((expected, found),) = fused.run({"x": x}).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    x[1, 4, 17] = np.nan
+    ((_, found),) = fused.run({"x": x}).values()
+    assert np.isnan(found[1]).all() and not np.isnan(found[[0, 2]]).any()
 
 
 def test_buffers_whose_lifetimes_do_not_overlap_share_memory(tmp_path: Path) -> None:

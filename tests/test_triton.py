@@ -33,6 +33,7 @@ from models import BUILDERS, chains, memory_bound
 from tests.interpreted import candidates_of, emitted, interpreted
 from tests.interpreter import Interpreter
 from tests.properties.graphs import RandomModel, models
+from tests.test_memory_stitching import pooled_and_normalised
 from tests.test_models import small, small_feeds
 
 Array = np.ndarray
@@ -114,6 +115,11 @@ def test_the_length_of_a_run_picks_the_form(rows: int, interpreter: Interpreter,
         for value in model.graph.input
     }
     assert check_kernels(interpreter, model, feeds, tmp_path)
+
+
+def test_a_reduction_inside_the_loop_of_another_agrees(interpreter: Interpreter, tmp_path: Path) -> None:
+    model = pooled_and_normalised(24, 50)
+    assert check_kernels(interpreter, model, {"x": normal(3, 24, 50)}, tmp_path, block=16)
 
 
 def test_what_a_row_keeps_in_memory_is_read_behind_a_barrier(
