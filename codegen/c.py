@@ -33,6 +33,8 @@ from apollo_fuse.kernel import (
     work,
     written_by,
 )
+from apollo_fuse.passes.interleave_sums import interleave_sums
+from apollo_fuse.passes.split_borders import split_borders
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
 
@@ -288,7 +290,8 @@ def _combiner(op: Op, dtype: DType) -> str:
 
 
 def _kernel(group: KernelGroup, kernel: Kernel) -> str:
-    local = [b for b in kernel.buffers if b.scope is not Scope.GLOBAL]
+    lowered = interleave_sums(split_borders(kernel))
+    local = [b for b in lowered.buffers if b.scope is not Scope.GLOBAL]
     scalars = frozenset(b.name for b in local if b.size.is_one)
     arrays = [b for b in local if b.name not in scalars]
     written = {b.name for b in kernel.buffers if b.scope is Scope.GLOBAL}
@@ -297,7 +300,7 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
     owners = [b for b in arrays if b.host is None]
     stack = [b for b in owners if (bytes_ := b.bytes.constant) is not None and bytes_ <= STACK_BYTES]
     scratch = [b for b in owners if b not in stack]
-    writer = _Writer(kernel, scalars)
+    writer = _Writer(lowered, scalars)
     used = buffers_of(kernel.body)
     outputs = {v.name for v in (*group.outputs, *group.temporaries)}
     for place, value in enumerate((*group.inputs, *group.outputs, *group.temporaries)):
@@ -321,7 +324,7 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
         writer.line(
             f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host} + {c.index(buffer.base)};"
         )
-    writer.steps(kernel.body)
+    writer.steps(lowered.body)
     writer.depth -= 1
     writer.line("}")
     every = _symbols(kernel)

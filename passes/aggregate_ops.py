@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from apollo_fuse.expressions import Load
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive
-from apollo_fuse.index import Index, product
+from apollo_fuse.index import Index, Iterator, product
 from apollo_fuse.passes.contraction import Contraction
 
 EXPENSIVE = 10  # cost (see Block.cost) from which computing a value again is worse than keeping it
@@ -72,7 +71,7 @@ class Edge:
     producer: Area
     user: Area
     relation: Relation
-    windowed: bool  # the user looks at what crosses through sliding windows or an index tensor
+    windowed: bool  # the user takes several elements side by side of what crosses
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +110,7 @@ def _select(edge: Edge, limits: Limits) -> bool:
     producer, user = edge.producer, edge.user
     return (
         max(producer.pattern, user.pattern) is Pattern.INJECTIVE
+        and not edge.windowed
         and not user.domain.is_zero
         and producer.domain != user.domain
         and producer.domain.exact_quotient(user.domain) is not None
@@ -165,6 +165,7 @@ def _injective(edge: Edge, limits: Limits) -> bool:
     """Transposes, slices and gathers are access maps of their user, or of what they read."""
     return (
         max(edge.producer.pattern, edge.user.pattern) is Pattern.INJECTIVE
+        and not edge.windowed
         and edge.relation is Relation.ONE_TO_ONE
         and min(edge.producer.operators, edge.user.operators) <= limits.depth
     )
@@ -342,16 +343,24 @@ def _extents(primitive: Primitive) -> tuple[Index, Index]:
 
 
 def _windowed(operator: Operator) -> set[str]:
-    """The inputs with an axis that several loops walk together, other than to split it into parts."""
+    """The inputs of which a result takes several elements side by side.
+
+    They have an axis that several loops walk together, other than to split it into parts, or that is read at
+    several places at a time.
+    """
     extents = {v.name: v.shape for v in operator.inputs}
-    return {
-        item.tensor
-        for primitive in operator.primitives
-        for item in primitive.block.instructions
-        if isinstance(item, Load) and item.tensor in extents
-        for index, extent in zip(item.indices, extents[item.tensor], strict=True)
-        if len(walked := index.iterators()) > 1 and product(i.extent for i in walked) != extent
-    }
+    found: set[str] = set()
+    places: dict[tuple[str, int], Index] = {}
+    for primitive in operator.primitives:
+        for load in primitive.block.loads:
+            for axis, index in enumerate(load.indices if load.tensor in extents else ()):
+                walked = index.iterators()
+                if len(walked) > 1 and product(i.extent for i in walked) != extents[load.tensor][axis]:
+                    found.add(load.tensor)
+                place = index.substitute({i: Index.of(Iterator("i", i.extent)) for i in walked})
+                if places.setdefault((load.tensor, axis), place) != place:
+                    found.add(load.tensor)
+    return found
 
 
 def _larger(a: Index, b: Index) -> Index:

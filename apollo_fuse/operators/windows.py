@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -11,6 +13,9 @@ from apollo_fuse.graph import Shape
 from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum, non_negative
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
 from apollo_fuse.operators.registry import operator
+
+_FEW_TAPS = 25
+"""Elements of a window that are read one by one; more are a loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +33,30 @@ class Window:
     def place(self, at: Index, tap: Index) -> Index:
         return at * self.stride + tap * self.dilation - self.before
 
+    def nearest(self, at: Index, tap: Index) -> Index:
+        """The tap's place, or the end of the axis that it lies beside."""
+        return clamped(self.place(at, tap), self.extent)
+
+    def beyond(self, at: Index, tap: Index) -> Index:
+        """How far a tap lies outside of the axis; 0 for one that is on it."""
+        return self.place(at, tap) - self.nearest(at, tap)
+
     @property
     def reaches_out(self) -> bool:
         """Whether some tap may lie beside the axis."""
-        last = (self.result - 1) * self.stride + (self.size - 1) * self.dilation - self.before
-        return self.before > 0 or not non_negative(self.extent - 1 - last)
+        return not (self.is_inside(0) and self.is_inside(self.size - 1))
+
+    def is_inside(self, tap: int) -> bool:
+        """Whether this tap lies on the axis for every result."""
+        first, last = (self.place(at, Index.of(tap)) for at in (ZERO, self.result - 1))
+        return non_negative(first) and non_negative(self.extent - 1 - last)
+
+    @property
+    def holds_borders(self) -> bool:
+        """Whether a window that reaches out holds the element at the border that it reaches out over."""
+        lowest, highest = self.place(self.result - 1, ZERO), self.place(ZERO, Index.of(self.size - 1))
+        meets = non_negative(self.extent - 1 - lowest) and non_negative(highest)
+        return self.dilation == 1 and meets
 
     def taps_inside(self, at: Index, padded: bool) -> Index:
         """How many taps of result `at` fall on the axis, or with `padded` on it and its padding."""
@@ -81,15 +105,10 @@ def slide(x: Tensor, axes: Sequence[int], windows: Sequence[Window], outside: fl
         results[axis] = window.result
     shape = (*results, *(Index.of(w.size) for w in windows))
 
-    def places(at: tuple[Index, ...]) -> list[Index]:
-        return [
-            w.place(at[axis], at[rank + n]) for n, (axis, w) in enumerate(zip(axes, windows, strict=True))
-        ]
-
     def access(at: tuple[Index, ...]) -> tuple[Index, ...]:
         read = list(at[:rank])
-        for axis, window, place in zip(axes, windows, places(at), strict=True):
-            read[axis] = clamped(place, window.extent)
+        for n, (axis, window) in enumerate(zip(axes, windows, strict=True)):
+            read[axis] = window.nearest(at[axis], at[rank + n])
         return tuple(read)
 
     taps = x.view(shape, access)
@@ -97,22 +116,47 @@ def slide(x: Tensor, axes: Sequence[int], windows: Sequence[Window], outside: fl
     for n, (axis, window) in enumerate(zip(axes, windows, strict=True)):
         if window.reaches_out:
             line = tuple(e if place in (axis, rank + n) else ONE for place, e in enumerate(shape))
-            inside.append(o.computed(line, partial(_beside, window, axis, rank + n)).equal(0))
+            inside.append(o.computed(line, partial(_beyond, window, axis, rank + n)).equal(0))
     if not inside:
         return taps
     return reduce(lambda a, b: o.apply(Op.AND, a, b), inside).select(taps, outside)
 
 
-def _beside(window: Window, axis: int, tap: int, at: Shape) -> Index:
-    """How far a tap lies outside of the axis; 0 for one that is on it."""
-    place = window.place(at[axis], at[tap])
-    return place - clamped(place, window.extent)
+def _beyond(window: Window, axis: int, tap: int, at: Shape) -> Index:
+    return window.beyond(at[axis], at[tap])
 
 
 def _pooled(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window]) -> Tensor:
+    """Each window's elements combined; those of a small one in one expression, for lanes side by side."""
     rank = len(x.shape)
-    taps = slide(x, range(2, rank), windows, outside)
-    return taps.reduce(op, range(rank, len(taps.shape)), keepdims=False)
+    if math.prod(w.size for w in windows) <= _FEW_TAPS:
+        choices = itertools.product(*(range(w.size) for w in windows))
+        taps = (_tap(x, op, outside, windows, choice).cast(x.dtype.compute) for choice in choices)
+        return reduce(partial(x.opener.apply, op), taps).cast(x.dtype)
+    every = slide(x, range(2, rank), windows, outside)
+    return every.reduce(op, range(rank, len(every.shape)), keepdims=False)
+
+
+def _tap(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window], taps: Sequence[int]) -> Tensor:
+    """The same element of every window. For a maximum, one at the border may stand for those beyond it."""
+    o, results = x.opener, tuple(w.result for w in windows)
+
+    def access(at: Shape) -> Shape:
+        return (
+            *at[:2],
+            *(w.nearest(i, Index.of(tap)) for w, i, tap in zip(windows, at[2:], taps, strict=True)),
+        )
+
+    found = x.view((*x.shape[:2], *results), access)
+    for axis, (window, tap) in enumerate(zip(windows, taps, strict=True)):
+        if not (window.is_inside(tap) or (op is Op.MAX and window.holds_borders)):
+            line = tuple(e if n == axis else ONE for n, e in enumerate(results))
+            found = o.computed(line, partial(_beyond_at, window, axis, tap)).equal(0).select(found, outside)
+    return found
+
+
+def _beyond_at(window: Window, axis: int, tap: int, at: Shape) -> Index:
+    return window.beyond(at[axis], Index.of(tap))
 
 
 @operator("MaxPool")

@@ -1,0 +1,113 @@
+"""Adds up cheap sums at several places of a row at a time, so that additions seldom wait for each other.
+
+A compiler gives a sum that lanes share one vector of partial sums.  Where little is done to each element, the
+loop then takes as long as its additions take one after the other.  With the row in four parts, side by side,
+there are four that do not need each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from apollo_fuse.expressions import Apply, Block, Load, Op, cost_of
+from apollo_fuse.index import ZERO, Index, Iterator
+from apollo_fuse.kernel import (
+    Buffer,
+    Compute,
+    Initialise,
+    Kernel,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    Target,
+    substituted,
+)
+
+_PARTS = 4
+_CHEAP = 4  # operations an element, from which on they take as long as an addition does
+_LONG = 256  # elements; a shorter row is over before it matters
+
+
+def interleave_sums(kernel: Kernel) -> Kernel:
+    interleaving = _Interleaving(kernel)
+    body = interleaving.steps(kernel.body)
+    return replace(kernel, buffers=(*kernel.buffers, *interleaving.partial), body=body)
+
+
+@dataclass(slots=True)
+class _Interleaving:
+    """`partial` are the accumulators of the parts behind the first."""
+
+    kernel: Kernel
+    partial: list[Buffer] = field(default_factory=list)
+
+    def steps(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        result: list[Step] = []
+        for step in steps:
+            if not isinstance(step, Loop):
+                result.append(step)
+            elif step.kind is LoopKind.LANE:
+                result += self._interleaved(step)
+            else:
+                result.append(replace(step, body=self.steps(step.body)))
+        return tuple(result)
+
+    def _interleaved(self, loop: Loop) -> list[Step]:
+        folds = self._folds(loop)
+        if not folds:
+            return [loop]
+        lane, extent = loop.iterator, loop.iterator.extent
+        part = Iterator(lane.name, extent // _PARTS)
+        starts: list[Step] = []
+        body: list[Step] = []
+        ends: list[Step] = []
+        for number in range(_PARTS):
+            for fold in folds:
+                (target,) = fold.targets
+                if number:
+                    own = self._accumulator(target.buffer, number)
+                    starts.append(Initialise(own, Op.ADD))
+                    value = Block((Load(own.buffer, (ZERO,), self.kernel.buffer(target.buffer).dtype),))
+                    ends.append(Compute(f"{fold.statement}_{number}", value, (target,), Op.ADD))
+                    fold = replace(fold, statement=f"{fold.statement}_{number}", targets=(own,))
+                body.append(substituted(fold, {lane: Index.of(part) + part.extent * number}))
+        steps = [*starts, Loop(part, LoopKind.LANE, tuple(body)), *ends]
+        done = part.extent * _PARTS
+        rest = Iterator(lane.name, extent - done)
+        if not rest.extent.is_zero:
+            moved = tuple(substituted(fold, {lane: Index.of(rest) + done}) for fold in folds)
+            steps.append(Loop(rest, LoopKind.SEQUENTIAL, moved))
+        return steps
+
+    def _folds(self, loop: Loop) -> list[Compute]:
+        """The statements of a loop that does little else than to add up, and for long."""
+        folds = [s for s in loop.body if isinstance(s, Compute) and s.combine is Op.ADD and self._is_sum(s)]
+        known = loop.iterator.extent.constant
+        short = known is not None and known < _LONG
+        if len(folds) < len(loop.body) or short or loop.limit is not None:
+            return []
+        return folds if sum(_cost(fold.block, loop.iterator) for fold in folds) <= _CHEAP else []
+
+    def _is_sum(self, fold: Compute) -> bool:
+        buffer = self.kernel.buffer(fold.targets[0].buffer)
+        return buffer.scope is Scope.REGISTER and buffer.size.is_one and buffer.dtype.is_float
+
+    def _accumulator(self, name: str, number: int) -> Target:
+        own = replace(self.kernel.buffer(name), name=f"{name}_{number}")
+        self.partial.append(own)
+        return Target(own.name, ZERO)
+
+
+def _cost(block: Block, lane: Iterator) -> int:
+    """Cheap operations of a lane; what is alike for all of them a compiler does before the loop."""
+    varying: set[int] = set()
+    cost = 0
+    for place, item in enumerate(block.instructions):
+        match item:
+            case Apply(_, operands, _) if not varying.isdisjoint(operands):
+                varying.add(place)
+                cost += cost_of(item)
+            case Load(_, indices, _) if lane in indices[0].atoms():
+                varying.add(place)
+    return cost

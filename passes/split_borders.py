@@ -1,0 +1,140 @@
+"""Parts lane loops where an index stops being clamped (index-set splitting): borders, and what lies between.
+
+An index that is held within its axis, as at the border of a padded window, is a choice for each lane, and
+reads through it are gathers.  Between the lanes at either end that need it the index is affine: there the
+choice is left out, and the lanes run along memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator as Generator
+from dataclasses import dataclass, replace
+
+from apollo_fuse.expressions import Load, Position
+from apollo_fuse.index import ZERO, Atom, Index, Indirect, Iterator, Maximum, maximum, minimum
+from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Step, substituted, walk
+
+_FEWEST = 4  # lanes between the borders that are worth loops of their own, where their number is known
+_OPEN = 256  # what an open extent counts for
+
+
+def split_borders(kernel: Kernel) -> Kernel:
+    return replace(kernel, body=_split(kernel.body))
+
+
+def _split(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    result: list[Step] = []
+    for step in steps:
+        if not isinstance(step, Loop):
+            result.append(step)
+        elif step.kind is LoopKind.LANE:
+            result += _parts(step)
+        else:
+            result.append(replace(step, body=_split(step.body)))
+    return tuple(result)
+
+
+def _parts(loop: Loop) -> list[Step]:
+    """The loop as one over each border and one between them, or as it is."""
+    between = _between(loop)
+    if between is None:
+        return [loop]
+    lane, end = loop.iterator, loop.iterator.extent
+    if loop.limit is not None:
+        end = minimum(end, loop.limit)
+    first = minimum(maximum(between.first, ZERO), end)
+    last = maximum(minimum(between.last, end), first)
+    inside = (last - first).constant
+    if inside is not None and inside < _FEWEST:
+        return [loop]
+
+    def part(kind: LoopKind, start: Index, extent: Index, body: tuple[Step, ...]) -> list[Step]:
+        if extent.is_zero:
+            return []
+        iterator = Iterator(lane.name, extent)
+        moved = tuple(substituted(step, {lane: start + Index.of(iterator)}) for step in body)
+        return [Loop(iterator, kind, moved)]
+
+    return [
+        *part(LoopKind.SEQUENTIAL, ZERO, first, loop.body),
+        *part(LoopKind.LANE, first, last - first, between.body),
+        *part(LoopKind.SEQUENTIAL, last, end - last, loop.body),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Between:
+    """The lanes from `first` up to `last`, for which `body` computes what the loop does."""
+
+    first: Index
+    last: Index
+    body: tuple[Step, ...]
+
+
+def _between(loop: Loop) -> _Between | None:
+    """Decides one clamp after the other, those inside others first; None where there is none to decide."""
+    lane = loop.iterator
+    inside = frozenset(s.iterator for s in walk(loop.body) if isinstance(s, Loop))
+    first, last, body = ZERO, lane.extent, loop.body
+    decided = False
+    while (choice := _choice(body, lane, inside)) is not None:
+        decided = True
+        body = tuple(substituted(step, {choice.atom: choice.taken}) for step in body)
+        if choice.factor > 0:
+            first = maximum(first, -(choice.rest // choice.factor))
+        else:
+            last = minimum(last, choice.rest // -choice.factor + 1)
+    return _Between(first, last, body) if decided else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """`taken` is the greater of the atom's two for the lanes where ``factor*lane + rest`` is not negative."""
+
+    atom: Maximum
+    taken: Index
+    factor: int
+    rest: Index
+
+
+def _choice(body: tuple[Step, ...], lane: Iterator, inside: frozenset[Iterator]) -> _Choice | None:
+    for index in _indices(body):
+        for atom in index.atoms():
+            if isinstance(atom, Maximum) and (found := _decided(atom, lane, inside)) is not None:
+                return found
+    return None
+
+
+def _decided(atom: Maximum, lane: Iterator, inside: frozenset[Iterator]) -> _Choice | None:
+    """The side that is the greater one in the middle, where the difference is linear in the lane."""
+    difference = atom.left - atom.right
+    factor = difference.coefficient(lane)
+    known = None if factor is None else factor.constant
+    if not known or any(isinstance(a, Maximum | Indirect) for a in difference.atoms()):
+        return None
+    rest = difference - Index.of(lane) * known
+    if rest.iterators() & inside:
+        return None
+    if _middle(difference) < 0:
+        return _Choice(atom, atom.right, -known, -rest)
+    return _Choice(atom, atom.left, known, rest)
+
+
+def _middle(index: Index) -> int:
+    """What it comes to in the middle of all loops, open extents being `_OPEN`."""
+    halves: dict[Atom, Index] = {i: (i.extent - 1) // 2 for i in index.iterators()}
+    index = index.substitute(halves)
+    found = index.substitute({symbol: Index.of(_OPEN) for symbol in index.symbols()}).constant
+    assert found is not None, "iterators and symbols are all that there is"
+    return found
+
+
+def _indices(body: tuple[Step, ...]) -> Generator[Index]:
+    for step in walk(body):
+        if isinstance(step, Compute):
+            yield from (target.offset for target in step.targets)
+            for item in step.block.instructions:
+                if isinstance(item, Load):
+                    yield item.indices[0]
+                elif isinstance(item, Position):
+                    yield item.index
