@@ -18,6 +18,7 @@ from apollo_fuse.atomic import require_writable
 from apollo_fuse.calibration.stored import calibrated
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
+from apollo_fuse.codegen.launches import GpuCode
 from apollo_fuse.codegen.toolchain import Toolchain, toolchains_for
 from apollo_fuse.codegen.triton.compile import require_triton
 from apollo_fuse.cpu import Cpu, default_threads
@@ -43,7 +44,7 @@ from apollo_fuse.report import (
 )
 from apollo_fuse.settle import Settle, Settled
 from apollo_fuse.settle_layout import Attempt, faster_layout, layouts
-from apollo_fuse.stitching import Swap, members
+from apollo_fuse.stitching import Stitch, Swap, members
 from apollo_fuse.summary import Summary, solve, summarise
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial, open_session
@@ -183,11 +184,13 @@ class _Compilation:
     def _on_gpus(self, taken: Attempt) -> GpuKernels:
         """What the kernels are on the GPUs of the target."""
         if not self.options.gpus:
-            return GpuKernels({}, {})
+            return GpuKernels({}, GpuCode())
         self.progress.stage("compile for GPUs", None)
         with self._timed("cc"):
             sizes = solve(self.shapes)
-            found = on_gpus(taken.chosen.kernels, sizes, self.options, self.warnings.append)
+            stitches = [x for x in taken.settled.kept if isinstance(x, Stitch)]
+            found = on_gpus(taken.chosen.kernels, stitches, sizes, self.options, self.warnings.append)
+        self._dump(found.dumps, taken.layout)
         if held := self._held(taken, found):
             self.warnings.append(
                 f"no GPU has run the kernels for {', '.join(held)}: they were verified as code for "
@@ -198,14 +201,14 @@ class _Compilation:
     def _held(self, taken: Attempt, found: GpuKernels) -> tuple[str, ...]:
         """The GPUs that the library holds kernels for."""
         kept = (kernel.name for x in taken.settled.kept for kernel in members(x))
-        has_some = any(name in found.forms for name in kept)
+        has_some = any(name in found.code.forms for name in kept)
         return tuple(str(gpu) for gpu in self.options.gpus if gpu.launches and has_some)
 
     def _write(self, taken: Attempt, on_gpus: GpuKernels) -> Path | None:
         """The written model's library, or None where it has none."""
         kept, trial = taken.settled.kept, taken.trial
         if kept and trial is not None:
-            return trial.write(kept, self.output, self._builds(kept, trial.build), on_gpus.forms)
+            return trial.write(kept, self.output, self._builds(kept, trial.build), on_gpus.code)
         if taken.settled.laid_out and trial is not None:
             trial.write_laid_out(self.output)
         else:

@@ -7,22 +7,24 @@ what stays in flight, takes one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from apollo_fuse.codegen.launches import GpuForm, gpu_form
+from apollo_fuse.codegen.launches import GpuCode, gpu_form
+from apollo_fuse.codegen.stitched import runs, shares, writer, writes
 from apollo_fuse.codegen.triton.compile import Binary, Job, compile_kernels
 from apollo_fuse.codegen.triton.emit import Launch, Program, emit
-from apollo_fuse.cost import Cost, bound, cost_of, taken
+from apollo_fuse.cost import Cost, bound, cost_of, cost_of_stitch, taken
 from apollo_fuse.cpu import default_threads
 from apollo_fuse.dtypes import DType
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu import GpuTarget
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import Symbol
-from apollo_fuse.kernel import KernelGroup
+from apollo_fuse.kernel import Kernel, KernelGroup
 from apollo_fuse.occupancy import Block, occupancy
 from apollo_fuse.options import Options
 from apollo_fuse.report import GpuReport
+from apollo_fuse.stitching import Stitch
 from apollo_fuse.summary import evaluate
 
 _FACTORS = (1.0, 0.5, 2.0)  # times the warps that a kernel is emitted for; the first where several are alike
@@ -31,13 +33,15 @@ _MOST_THREADS = 1024
 
 @dataclass(frozen=True, slots=True)
 class GpuKernels:
-    """For each variant of a kernel its reports by GPU, and for each kernel by name what a library holds.
+    """For each variant of a kernel or stitch its reports by GPU, and what a library holds.
 
-    A kernel of several variants has the warps that are best for the first of them.
+    A kernel of several variants has the warps that are best for the first of them, its stitched form too.
+    dumps: kernels in their stitched form, by file name.
     """
 
     reports: Mapping[str, Mapping[str, GpuReport]]
-    forms: Mapping[str, GpuForm]
+    code: GpuCode
+    dumps: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,15 @@ class _Compiled:
 
 def on_gpus(
     candidates: Iterable[Candidate],
+    stitches: Iterable[Stitch],
     sizes: Mapping[Symbol, int],
     options: Options,
     warn: Callable[[str], None],
 ) -> GpuKernels:
-    """The candidates on the GPUs of the target; `sizes` are the extents of the run that is predicted."""
+    """The candidates on the GPUs of the target, and the stitches of some of them.
+
+    sizes: the extents of the run that is predicted.
+    """
     distinct: dict[str, Candidate] = {}
     for candidate in candidates:
         distinct.setdefault(candidate.variant, candidate)
@@ -65,20 +73,34 @@ def on_gpus(
             warn(f"kernel {candidate.name} has no form for GPUs: {program.reason}: {program.evidence}")
         else:
             programs[variant] = program
+    jobs = [(distinct[variant], program) for variant, program in programs.items()]
     reports: dict[str, dict[str, GpuReport]] = {variant: {} for variant in distinct}
-    chosen: dict[str, dict[GpuTarget, list[Binary]]] = {variant: {} for variant in programs}
+    alone: dict[GpuTarget, dict[str, list[Binary]]] = {}
     for gpu in options.gpus:
-        jobs = [(distinct[variant], program) for variant, program in programs.items()]
-        for variant, kernels in zip(programs, _chosen(jobs, gpu, sizes, options), strict=True):
-            reports[variant][str(gpu)] = _report(kernels, gpu)
-            chosen[variant][gpu] = [x.binary for x in kernels]
-    forms: dict[str, GpuForm] = {}
-    for variant, program in programs.items():
-        candidate = distinct[variant]
-        binaries = {gpu: found for gpu, found in chosen[variant].items() if gpu.launches}
-        if binaries and candidate.name not in forms:
-            forms[candidate.name] = gpu_form(candidate.group, candidate.name, program.launches, binaries)
-    return GpuKernels(reports, forms)
+        alone[gpu] = {}
+        for (candidate, _), kernels in zip(jobs, _chosen(jobs, gpu, sizes, options), strict=True):
+            reports[candidate.variant][str(gpu)] = _report(kernels, gpu)
+            alone[gpu].setdefault(candidate.name, [x.binary for x in kernels])
+    launches = {candidate.name: program.launches for candidate, program in reversed(jobs)}
+    joined = [x for x in stitches if all(member.name in launches for member in x.members)]
+    stitched = _stitched(joined, launches, alone, options)
+    for x in joined:
+        reports[x.variant] = {
+            str(gpu): _report_of_stitch(x, launches, alone[gpu], stitched, gpu, sizes) for gpu in options.gpus
+        }
+    held = [gpu for gpu in options.gpus if gpu.launches]
+    forms = {
+        candidate.name: gpu_form(
+            candidate.group,
+            candidate.name,
+            launches[candidate.name],
+            {gpu: alone[gpu][candidate.name] for gpu in held},
+            {gpu: found[gpu] for gpu in held} if (found := stitched.binaries.get(candidate.name)) else {},
+        )
+        for candidate, _ in (jobs if held else ())
+    }
+    writers = {gpu: stitched.writer[gpu] for gpu in held if gpu in stitched.writer}
+    return GpuKernels(reports, GpuCode(forms, writers), stitched.texts)
 
 
 def _chosen(
@@ -122,28 +144,107 @@ def _best(
     sizes: Mapping[Symbol, int],
 ) -> list[_Compiled]:
     """The fewest spills, and then the least predicted time where the run takes the kernel."""
-    group = candidate.group
-    shapes = [[evaluate(extent, sizes) for extent in value.shape] for value in candidate.micro_graph.inputs]
-    own = bound(group, shapes, {})
-    runs = taken(group, own)
+    group, own = candidate.group, _extents(candidate, sizes)
+    run = taken(group, own)
     found: list[_Compiled] = []
     for kernel in group.kernels:
-        if kernel not in runs:
+        if kernel not in run:
             found.append(_Compiled(min(variants[kernel.name], key=lambda x: x.spills), None))
             continue
-        alone = replace(group, kernels=(replace(kernel, form=0),), forms=())
+        alone = _alone(group, kernel)
         costs = [(b, cost_of(alone, own, target.machine, block=_block(b))) for b in variants[kernel.name]]
         found.append(_Compiled(*min(costs, key=lambda x: (x[0].spills, x[1].seconds))))
     return found
 
 
-def _report(kernels: Sequence[_Compiled], target: GpuTarget) -> GpuReport:
+def _extents(candidate: Candidate, sizes: Mapping[Symbol, int]) -> dict[Symbol, int]:
+    shapes = [[evaluate(extent, sizes) for extent in value.shape] for value in candidate.micro_graph.inputs]
+    return bound(candidate.group, shapes, {})
+
+
+def _alone(group: KernelGroup, kernel: Kernel) -> KernelGroup:
+    """A group that always runs the one kernel."""
+    return replace(group, kernels=(replace(kernel, form=0),), forms=())
+
+
+@dataclass(frozen=True, slots=True)
+class _Stitched:
+    """Kernels of stitches: their binaries by name and GPU, and what writes the tables of members."""
+
+    binaries: Mapping[str, Mapping[GpuTarget, Sequence[Binary]]]
+    writer: Mapping[GpuTarget, Binary]
+    texts: Mapping[str, str]
+
+
+def _stitched(
+    stitches: Iterable[Stitch],
+    launches: Mapping[str, Sequence[Launch]],
+    alone: Mapping[GpuTarget, Mapping[str, Sequence[Binary]]],
+    options: Options,
+) -> _Stitched:
+    """The kernels that some stitch has several of, in that form, with the warps that they have alone."""
+    groups: dict[str, Candidate] = {}
+    for x in stitches:
+        names = [member.name for member in x.members]
+        if shares(names, launches):
+            several = {name for name, count in runs(names) if count > 1}
+            groups |= {member.name: member for member in x.members if member.name in several}
+    programs: dict[str, Program] = {}
+    for name, candidate in groups.items():
+        program = emit(candidate.group, name, f"{name}, members of a stitch", stitched=True)
+        assert isinstance(program, Program), program  # its other form is none either
+        programs[name] = program
+    binaries: dict[str, dict[GpuTarget, list[Binary]]] = {name: {} for name in groups}
+    writers: dict[GpuTarget, Binary] = {}
+    workers = options.threads or default_threads()
+    for gpu in options.gpus if groups else ():
+        jobs = [
+            Job(program.text, replace(launch, warps=own.threads // gpu.warp), _types(groups[name].group))
+            for name, program in programs.items()
+            for launch, own in zip(program.launches, alone[gpu][name], strict=True)
+        ]
+        writers[gpu], *found = compile_kernels([writer(), *jobs], gpu, options.cache_dir, workers)
+        compiled = iter(found)
+        for name, program in programs.items():
+            binaries[name][gpu] = [next(compiled) for _ in program.launches]
+    texts = {f"{name}.stitched.triton.py": program.text for name, program in programs.items()}
+    return _Stitched(binaries, writers, texts)
+
+
+def _report_of_stitch(
+    stitch: Stitch,
+    launches: Mapping[str, Sequence[Launch]],
+    alone: Mapping[str, Sequence[Binary]],
+    stitched: _Stitched,
+    target: GpuTarget,
+    sizes: Mapping[Symbol, int],
+) -> GpuReport:
+    """A launch for each run of equal kernels, and those that write the table; else one for each kernel."""
+    names = [member.name for member in stitch.members]
+    together = shares(names, launches)
+    members = iter(stitch.members)
+    started: list[_Compiled] = []
+    for name, count in runs(names) if together else ((name, 1) for name in names):
+        own = [next(members) for _ in range(count)]
+        extents = [_extents(member, sizes) for member in own]
+        group = own[0].group
+        binaries = stitched.binaries[name][target] if count > 1 else alone[name]
+        for kernel, binary in zip(group.kernels, binaries, strict=True):
+            taking = [(_alone(group, kernel), x) for x in extents if kernel in taken(group, x)]
+            if taking:
+                cost = cost_of_stitch(taking, target.machine, block=_block(binary))
+                started.append(_Compiled(binary, cost))
+    return _report(started, target, writes(names, launches) if together else 0)
+
+
+def _report(kernels: Sequence[_Compiled], target: GpuTarget, writes: int = 0) -> GpuReport:
+    """What a run launches; `writes` launches more only write a table."""
     machine = target.machine
     assert machine.gpu is not None
     costs = [(x.binary, x.cost) for x in kernels if x.cost is not None]
     longest, _ = max(costs, key=lambda x: x[1].seconds)
     return GpuReport(
-        launches=len(costs),
+        launches=len(costs) + writes,
         registers=max(binary.registers for binary, _ in costs),
         spills=sum(binary.spills for binary, _ in costs),
         shared_bytes=max(binary.shared_bytes for binary, _ in costs),
@@ -151,8 +252,8 @@ def _report(kernels: Sequence[_Compiled], target: GpuTarget) -> GpuReport:
         occupancy=occupancy(machine.gpu, _block(longest)),
         dram_bytes=sum(cost.moved[machine.levels[-1].name] for _, cost in costs),
         compulsory_bytes=sum(cost.compulsory for _, cost in costs),
-        predicted_us=sum(cost.seconds for _, cost in costs) * 1e6,
-        binary_bytes=sum(binary.bytes for binary, _ in costs),
+        predicted_us=(sum(cost.seconds for _, cost in costs) + writes * machine.node) * 1e6,
+        binary_bytes=sum({binary.path: binary.bytes for binary, _ in costs}.values()),
     )
 
 

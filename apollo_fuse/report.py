@@ -19,7 +19,8 @@ SCHEMA_VERSION = 1
 class GpuReport:
     """A kernel on a GPU: as compiled ahead of time, and as predicted for the measured run. It never ran.
 
-    launches: kernels of the GPU that one run starts; the figures below are of these.
+    launches: kernels of the GPU that one run starts; the figures below are of these. Of a stitch, with those
+        that only tell the others their tensors.
     registers, shared_bytes: the most that a thread and a block take. spills: bytes that threads have no
         registers for.
     num_warps, occupancy: of a block, and the share of a multiprocessor's threads in flight, of the one that

@@ -46,7 +46,9 @@ Swap: TypeAlias = Candidate | Stitch
 
 
 def stitch(members: Sequence[Candidate]) -> Stitch:
-    """The candidates as one; they must not need each other."""
+    """The candidates as one, equal kernels side by side; they must not need each other."""
+    first = {member.name: place for place, member in reversed(list(enumerate(members)))}
+    members = sorted(members, key=lambda member: first[member.name])
     inputs: dict[ir.Value, Value] = {}
     for member in members:
         inputs |= dict(zip(member.part.inputs, member.micro_graph.inputs, strict=True))

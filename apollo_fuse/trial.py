@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from apollo_fuse import onnx_io
 from apollo_fuse.atomic import replacing
 from apollo_fuse.bodies import nodes
 from apollo_fuse.codegen import link
-from apollo_fuse.codegen.launches import GpuForm, gpu_table
+from apollo_fuse.codegen.launches import GpuCode, gpu_table
 from apollo_fuse.codegen.table import tables
 from apollo_fuse.layout import pin
 from apollo_fuse.measure import session_options
@@ -54,23 +54,23 @@ class Trial:
 
     def library(self, chosen: Sequence[Swap], path: Path) -> None:
         """Links the kernels of these candidates, for this machine."""
-        self._link(chosen, path, [self.build], {})
+        self._link(chosen, path, [self.build], GpuCode())
 
     def write(
         self,
         chosen: Sequence[Swap],
         path: Path,
         builds: Sequence[link.Build],
-        gpu_forms: Mapping[str, GpuForm],
+        on_gpus: GpuCode,
     ) -> Path:
         """Writes the model with these candidates, and its library beside it; gives the library's path.
 
-        The library holds what was built for its targets, and `gpu_forms`, by the names of kernels. Where
+        The library holds what was built for its targets, and what of `on_gpus` the candidates need. Where
         anything fails, neither file has changed.
         """
         library = path.with_suffix(".so")
         with replacing(library) as temporary:
-            self._link(chosen, temporary, builds, gpu_forms)
+            self._link(chosen, temporary, builds, on_gpus)
             onnx_io.write(self._swapped(chosen), path)
         return library
 
@@ -83,16 +83,17 @@ class Trial:
         chosen: Sequence[Swap],
         path: Path,
         builds: Sequence[link.Build],
-        gpu_forms: Mapping[str, GpuForm],
+        on_gpus: GpuCode,
     ) -> None:
         entries = {x.name: entry(x) for x in chosen}
         table = [entries[name] for name in sorted(entries)]
         names = sorted({kernel.name for x in chosen for kernel in members(x)})
         levels = [build.toolchain.cpu.level for build in builds]
         objects = [build.objects[name] for build in builds for name in names]
-        forms = {name: gpu_forms[name] for name in names if name in gpu_forms}
-        on_gpus = [*(form.source for form in forms.values()), gpu_table(table, forms)] if forms else []
-        link.link_library(objects, tables(table, levels), path, builds[0].toolchain, self.cache, on_gpus)
+        forms = {name: on_gpus.forms[name] for name in names if name in on_gpus.forms}
+        sources = [form.source for form in forms.values()]
+        sources += [gpu_table(table, replace(on_gpus, forms=forms))] if forms else []
+        link.link_library(objects, tables(table, levels), path, builds[0].toolchain, self.cache, sources)
 
     def _swapped(self, chosen: Sequence[Swap]) -> ir.Model:
         model = self.clean.clone()

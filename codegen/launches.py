@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import index_checks, names_in, unpack
+from apollo_fuse.codegen.stitched import shares
 from apollo_fuse.codegen.table import Node, listed
 from apollo_fuse.codegen.triton.compile import Binary
 from apollo_fuse.codegen.triton.emit import Launch
@@ -30,12 +31,28 @@ class GpuForm:
     input_count: int
     on_host: frozenset[int]
     on_device: frozenset[int]
+    launches: tuple[Launch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GpuCode:
+    """What a library holds for GPUs: forms of kernel groups by name, and what writes tables of members."""
+
+    forms: Mapping[str, GpuForm] = field(default_factory=dict)
+    writer: Mapping[GpuTarget, Binary] = field(default_factory=dict)
 
 
 def gpu_form(
-    group: KernelGroup, name: str, launches: Sequence[Launch], binaries: Mapping[GpuTarget, Sequence[Binary]]
+    group: KernelGroup,
+    name: str,
+    launches: Sequence[Launch],
+    binaries: Mapping[GpuTarget, Sequence[Binary]],
+    stitched: Mapping[GpuTarget, Sequence[Binary]],
 ) -> GpuForm:
-    """The form of the group called `name`; `binaries` are those of the launches, for each GPU of CUDA."""
+    """The form of the group called `name`; `binaries` are those of the launches, for each GPU of CUDA.
+
+    stitched: the same in their stitched form, of a group that some stitch has several of.
+    """
     values = [v.name for v in (*group.inputs, *group.outputs, *group.temporaries)]
     extents = [extent.symbol.name for extent in group.extents]
     lines = ['#include "launch.h"', "", "#include <stdio.h>"]
@@ -49,10 +66,11 @@ def gpu_form(
             f"static const int32_t tensors_{k}[] = {{{listed(tensors)}}};",
             f"static const int32_t extents_{k}[] = {{{listed(counted)}}};",
             _scratch_bytes(group, launch, f"scratch_bytes_{k}"),
-            _images(k, {target: compiled[k] for target, compiled in binaries.items()}),
+            _images(f"binaries_{k}", {target: compiled[k] for target, compiled in binaries.items()}),
+            _images(f"stitched_{k}", {target: compiled[k] for target, compiled in stitched.items()}),
         ]
         counts = f"{launch.rows}, {len(tensors)}, {len(launch.scratch)}, {len(counted)}"
-        places = f"tensors_{k}, extents_{k}, scratch_bytes_{k}, binaries_{k}"
+        places = f"tensors_{k}, extents_{k}, scratch_bytes_{k}, binaries_{k}, stitched_{k}"
         entries.append(f'{{"{launch.kernel}", {counts}, {places}}}')
     lines += [
         f"static const af_launch launches[] = {{{listed(entries)}}};",
@@ -65,25 +83,29 @@ def gpu_form(
         len(group.inputs),
         frozenset(e.input for e in group.extents if isinstance(e, Extent) and e.is_element),
         frozenset(place for place, value in enumerate(group.inputs) if value.name in read),
+        tuple(launches),
     )
 
 
-def gpu_table(nodes: Sequence[Node], forms: Mapping[str, GpuForm]) -> str:
+def gpu_table(nodes: Sequence[Node], code: GpuCode) -> str:
     """The translation unit with what each node of the library's tables has for GPUs."""
-    lines = ['#include "launch.h"']
+    forms = code.forms
+    launches = {name: form.launches for name, form in forms.items()}
+    lines = ['#include "launch.h"', _images("writer", code.writer)]
+    lines.append("const af_binary *const af_writer = writer;")
     lines += [f"extern const af_gpu_op {name}_gpu;" for name in sorted(forms)]
     entries: list[str] = []
     for number, node in enumerate(nodes):
         on_host = _on_host(node, forms)
         if on_host is None:
-            entries.append("{NULL, NULL}")
+            entries.append("{NULL, NULL, 0}")
             continue
         ops = listed(f"&{name}_gpu" for name in node.ops)
         lines += [
             f"static const af_gpu_op *const ops_{number}[] = {{{ops}}};",
             f"static const uint8_t on_host_{number}[] = {{{listed(map(int, on_host))}}};",
         ]
-        entries.append(f"{{ops_{number}, on_host_{number}}}")
+        entries.append(f"{{ops_{number}, on_host_{number}, {int(shares(node.ops, launches))}}}")
     lines.append(f"const af_gpu_node af_gpu_nodes[] = {{{listed(entries)}}};")
     return "\n".join(lines) + "\n"
 
@@ -112,22 +134,20 @@ def _scratch_bytes(group: KernelGroup, launch: Launch, name: str) -> str:
     return "\n".join([*lines, "}"])
 
 
-def _images(number: int, compiled: Mapping[GpuTarget, Binary]) -> str:
-    """The modules of a launch: code for each GPU, the newest first, and text that newer ones compile."""
+def _images(name: str, compiled: Mapping[GpuTarget, Binary]) -> str:
+    """The modules of a kernel: code for each GPU, the newest first, and text that newer ones compile."""
     newest_first = sorted(compiled.items(), key=lambda x: int(x[0].architecture), reverse=True)
     lines: list[str] = []
     entries: list[str] = []
     for target, binary in newest_first:
-        name = f"code_{number}_{target.architecture}"
-        lines.append(_data(name, binary.path.read_bytes()))
-        entries.append(f"{{{target.architecture}, 0, {binary.threads}, {binary.shared_bytes}, {name}}}")
+        code = f"{name}_{target.architecture}"
+        lines.append(_data(code, binary.path.read_bytes()))
+        entries.append(f"{{{target.architecture}, 0, {binary.threads}, {binary.shared_bytes}, {code}}}")
     for target, binary in newest_first[:1]:
-        lines.append(_data(f"text_{number}", binary.text.read_bytes()))
-        entries.append(
-            f"{{{target.architecture}, 1, {binary.threads}, {binary.shared_bytes}, text_{number}}}"
-        )
+        lines.append(_data(f"{name}_text", binary.text.read_bytes()))
+        entries.append(f"{{{target.architecture}, 1, {binary.threads}, {binary.shared_bytes}, {name}_text}}")
     entries.append("{0, 0, 0, 0, NULL}")
-    return "\n".join([*lines, f"static const af_binary binaries_{number}[] = {{{listed(entries)}}};"])
+    return "\n".join([*lines, f"static const af_binary {name}[] = {{{listed(entries)}}};"])
 
 
 def _data(name: str, content: bytes) -> str:

@@ -11,7 +11,7 @@ import gc
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +30,9 @@ from apollo_fuse import driver, gpu_kernels, onnx_io
 from apollo_fuse.acceptance import needed_values
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
+from apollo_fuse.codegen.stitched import runs, shares, writer, writes
 from apollo_fuse.codegen.triton.compile import Binary, Job
-from apollo_fuse.codegen.triton.emit import Program, emit
+from apollo_fuse.codegen.triton.emit import Launch, Program, emit
 from apollo_fuse.cost import bound, taken
 from apollo_fuse.extents import evaluate
 from apollo_fuse.fusion import Candidate
@@ -39,11 +40,14 @@ from apollo_fuse.gpu import GpuTarget
 from apollo_fuse.index import Symbol
 from apollo_fuse.measure import session_options
 from apollo_fuse.options import InputShape, Options
+from apollo_fuse.stitching import Swap, members
+from apollo_fuse.trial import Trial
 from tests import interpreter
 from tests.fusing import reference_session
 
 Array = np.ndarray
 GPU = Path(__file__).parent / "gpu"
+WRITER = writer()
 T = TypeVar("T")
 SHARED = 47 * 1024
 """What the first of the pretended kernels takes, and each next one more of."""
@@ -68,7 +72,10 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launched))
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A launch: of which kernel of which module, as how many programs, with which extents."""
+    """A launch: of which kernel of which module, as how many programs, with which extents.
+
+    Of a stitched kernel that is how many members it has, and of what writes their table, nothing.
+    """
 
     kernel: str
     module: str
@@ -189,41 +196,71 @@ class Pretended:
         name = ctypes.string_at(launched.image).decode()
         job = self.jobs[name]
         launch = job.launch
-        places = iter(range(len(launch.tensors) + len(launch.scratch) + len(launch.extents) + 2))
+        alone = (*launch.tensors, *launch.scratch, *launch.extents)
+        places = iter(range(2 + (2 if launch.stitched else len(alone))))
 
         def argument(kind: type) -> int:
             place = launched.arguments[next(places)]
             return ctypes.cast(place, ctypes.POINTER(kind))[0] or 0
 
-        tensors = [_tensor(argument(ctypes.c_void_p), job.types[x].numpy) for x in launch.tensors]
-        tensors += [_tensor(argument(ctypes.c_void_p), b.dtype.compute.numpy) for b in launch.scratch]
-        extents = tuple(argument(ctypes.c_int64) for _ in launch.extents)
+        if launch.stitched:
+            tensors = [_tensor(argument(ctypes.c_void_p), np.dtype(np.int64))]
+            numbers = (argument(ctypes.c_int32),)
+        else:
+            tensors = [_tensor(argument(ctypes.c_void_p), job.types[x].numpy) for x in launch.tensors]
+            tensors += [_tensor(argument(ctypes.c_void_p), b.dtype.compute.numpy) for b in launch.scratch]
+            numbers = tuple(argument(ctypes.c_int64) for _ in launch.extents)
         assert [argument(ctypes.c_void_p) for _ in range(2)] == [0, 0]
         if job.text not in self._modules:
             self._modules[job.text] = interpreter._module(job.text)
         constants = {} if launch.block is None else {"BLOCK": launch.block}
         with np.errstate(all="ignore"):
             kernel = getattr(self._modules[job.text], launched.name.decode())
-            kernel[launched.grid[0],](*tensors, *extents, **constants)
+            kernel[launched.grid[0],](*tensors, *numbers, **constants)
         assert tuple(launched.grid)[1:] == (1, 1)
         assert tuple(launched.block) == (32 * launch.warps, 1, 1)
         assert launched.shared_bytes == self.shared[name]
-        return Start(launched.name.decode(), job.text, launched.grid[0], extents)
+        if launch.kernel == WRITER.launch.kernel:
+            numbers = ()  # addresses are others in each run
+        return Start(launched.name.decode(), job.text, launched.grid[0], numbers)
 
 
-def expected(candidate: Candidate, inputs: Sequence[Array]) -> Iterator[Start]:
-    """What emit says that a run of the kernel on these inputs launches."""
-    group = candidate.group
-    program = emit(group, candidate.name, candidate.name)
+def expected(swap: Swap, inputs: Sequence[Sequence[Array]]) -> Iterator[Start]:
+    """What emit says that a run of the node launches, from the inputs of each of its kernels."""
+    every = members(swap)
+    names = [member.name for member in every]
+    alone = {member.name: _emitted(member, False) for member in every}
+    launches = {name: program.launches for name, program in alone.items()}
+    shared = shares(names, launches)
+    yield from [Start("write", WRITER.text, 1, ())] * (writes(names, launches) if shared else 0)
+    place = 0
+    for name, length in runs(names) if shared else ((name, 1) for name in names):
+        program = _emitted(every[place], True) if length > 1 else alone[name]
+        own = range(place, place + length)
+        for launch in program.launches:
+            found = [_start(every[x], launch, inputs[x], program.text) for x in own]
+            if total := sum(start.programs for start in found):
+                numbers = (length,) if length > 1 else found[0].extents
+                yield Start(launch.kernel, program.text, total, numbers)
+        place += length
+
+
+def _emitted(candidate: Candidate, stitched: bool) -> Program:
+    comment = f"{candidate.name}, members of a stitch" if stitched else candidate.name
+    program = emit(candidate.group, candidate.name, comment, stitched)
     assert isinstance(program, Program)
+    return program
+
+
+def _start(candidate: Candidate, launch: Launch, inputs: Sequence[Array], text: str) -> Start:
+    group = candidate.group
     elements = {place: array.reshape(-1).tolist() for place, array in enumerate(inputs) if array.ndim < 2}
     sizes = bound(group, [array.shape for array in inputs], elements)
-    names = {kernel.name for kernel in taken(group, sizes)}
-    for launch in program.launches:
-        items = evaluate(launch.items, sizes)
-        if launch.kernel in names and items:
-            extents = tuple(sizes[Symbol(name)] for name in launch.extents)
-            yield Start(launch.kernel, program.text, -(-items // launch.rows), extents)
+    taking = launch.kernel in {kernel.name for kernel in taken(group, sizes)}
+    items = evaluate(launch.items, sizes) if taking else 0
+    assert items is not None
+    extents = tuple(sizes[Symbol(name)] for name in launch.extents)
+    return Start(launch.kernel, text, -(-items // launch.rows), extents)
 
 
 def _tensor(address: int, dtype: np.dtype) -> interpreter._Tensor:
@@ -284,12 +321,12 @@ def fused(
     model: onnx.ModelProto, folder: Path, feeds: Mapping[str, Array], pretended: Pretended | None = None
 ) -> tuple[Path, Path, Counter[Start]]:
     """The fused model without functions and its library for CUDA, and what one run is to launch."""
-    seen: list[Candidate] = []
-    on_gpus = gpu_kernels.on_gpus
+    seen: list[Swap] = []
+    write = Trial.write
 
-    def noted(candidates: Iterable[Candidate], *rest: object) -> object:
-        seen.extend({id(x): x for x in candidates}.values())
-        return on_gpus(seen, *rest)
+    def noted(trial: Trial, chosen: Sequence[Swap], *rest: object) -> Path:
+        seen.extend(chosen)
+        return write(trial, chosen, *rest)
 
     pretended = pretended or Pretended()
     onnx.save(model, folder / "net.onnx")
@@ -301,7 +338,7 @@ def fused(
         fuse_all=True,
         cache_dir=folder / "cache",
     )
-    with patched(gpu_kernels, "compile_kernels", pretended.compile), patched(driver, "on_gpus", noted):
+    with patched(gpu_kernels, "compile_kernels", pretended.compile), patched(Trial, "write", noted):
         report = driver.fuse(folder / "net.onnx", options=options)
     assert report.library is not None
     written = onnx.load(report.output)
@@ -313,16 +350,20 @@ def fused(
     def array(value: ir.Value) -> Array:
         return value.const_value.numpy() if value.const_value is not None else arrays[value.name or ""]
 
-    starts = (start for x in seen for start in expected(x, [array(value) for value in x.part.inputs]))
+    starts = (
+        start
+        for x in seen
+        for start in expected(x, [[array(value) for value in kernel.part.inputs] for kernel in members(x)])
+    )
     return report.output, report.library, Counter(starts)
 
 
 @contextmanager
-def patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    old = getattr(module, name)
-    setattr(module, name, value)
+def patched(owner: object, name: str, value: object) -> Iterator[None]:
+    old = getattr(owner, name)
+    setattr(owner, name, value)
     yield
-    setattr(module, name, old)
+    setattr(owner, name, old)
 
 
 def run(stub: Stub, model: onnx.ModelProto, feeds: Mapping[str, Array], folder: Path) -> Ran:

@@ -16,7 +16,7 @@ import onnx.parser
 import pytest
 
 from apollo_fuse import Options, fuse
-from apollo_fuse.codegen.launches import GpuForm, gpu_table
+from apollo_fuse.codegen.launches import GpuCode, GpuForm, gpu_table
 from apollo_fuse.codegen.table import Node
 from apollo_fuse.codegen.triton.compile import compile_kernels
 from apollo_fuse.gpu import GpuTarget
@@ -113,9 +113,9 @@ def test_a_node_with_an_input_on_host_and_device_has_no_form() -> None:
     apart = Node("Apart", ("a", "b"), (0, 1, 2), 3)
     clash = Node("Clash", ("a", "b"), (0, 1, 1), 2)
     unknown = Node("Unknown", ("a", "c"), (0, 1, 2), 3)
-    table = gpu_table([apart, clash, unknown], forms)
+    table = gpu_table([apart, clash, unknown], GpuCode(forms))
     assert "on_host_0[] = {0, 1, 0}" in table
-    assert "af_gpu_nodes[] = {{ops_0, on_host_0}, {NULL, NULL}, {NULL, NULL}}" in table
+    assert "af_gpu_nodes[] = {{ops_0, on_host_0, 0}, {NULL, NULL, 0}, {NULL, NULL, 0}}" in table
 
 
 # ----------------------------------------------------------------------------------- real binaries

@@ -16,25 +16,20 @@
 
 /* ---------------------------------------------------------------------------------------- the modules */
 
+/* A kernel in the primary context of a device, which onnxruntime's is too. */
 typedef struct loaded_kernel {
-  const af_binary *binary;
-  CUmodule module;
-  CUfunction function;
-} loaded_kernel;
-
-/* The kernels of an af_gpu_op in the primary context of a device, which onnxruntime's is too. */
-typedef struct loaded_op {
-  struct loaded_op *next;
-  const af_gpu_op *op;
+  struct loaded_kernel *next;
+  const af_binary *binaries, *binary; /* those that there are, and the one that was taken */
   CUdevice device;
   CUcontext context;
-  int32_t users, kernel_count;
-  loaded_kernel kernels[];
-} loaded_op;
+  CUmodule module;
+  CUfunction function;
+  int32_t users;
+} loaded_kernel;
 
 static const driver *cuda; /* started before there are ops for it */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static loaded_op *loaded_ops;
+static loaded_kernel *loaded_kernels;
 
 static OrtStatus *refused(const custom_op *self, const char *function, CUresult result) {
   return failure(self->owner->api, ORT_FAIL,
@@ -49,8 +44,8 @@ static OrtStatus *refused(const custom_op *self, const char *function, CUresult 
   } while (0)
 
 /* Code runs on devices of the same major number and the same or a higher minor one. */
-static const af_binary *fitting_binary(const af_launch *launch, int32_t capability) {
-  for (const af_binary *found = launch->binaries; found->image; found++)
+static const af_binary *fitting_binary(const af_binary *binaries, int32_t capability) {
+  for (const af_binary *found = binaries; found->image; found++)
     if (found->capability <= capability && (found->is_ptx || found->capability / 10 == capability / 10))
       return found;
   return NULL;
@@ -59,7 +54,7 @@ static const af_binary *fitting_binary(const af_launch *launch, int32_t capabili
 static bool fits(const af_node *node, const af_gpu_node *gpu, int32_t capability) {
   for (int32_t p = 0; p < node->op_count; p++)
     for (int32_t k = 0; k < node->ops[p]->kernel_count; k++)
-      if (!fitting_binary(&gpu->ops[p]->launches[k], capability)) return false;
+      if (!fitting_binary(gpu->ops[p]->launches[k].binaries, capability)) return false;
   return true;
 }
 
@@ -76,78 +71,69 @@ bool runs_on_gpu(const af_node *node, const af_gpu_node *gpu) {
   return false;
 }
 
-static OrtStatus *load_kernel(const custom_op *self, const af_launch *launch, int32_t capability,
-                              loaded_kernel *out) {
-  out->binary = fitting_binary(launch, capability);
-  if (!out->binary)
+/* Loads the kernel, whose context is current. */
+static OrtStatus *load_module(const custom_op *self, const char *name, loaded_kernel *made) {
+  const int32_t capability = capability_of(cuda, made->device);
+  made->binary = fitting_binary(made->binaries, capability);
+  if (!made->binary)
     return failure(self->owner->api, ORT_FAIL,
                    "%s: its kernels fit no device of compute capability %d.%d; name one like it in --target.",
                    self->node->name, (int)capability / 10, (int)capability % 10);
-  RETURN_IF_REFUSED(self, ModuleLoadData, &out->module, out->binary->image);
-  RETURN_IF_REFUSED(self, ModuleGetFunction, &out->function, out->module, launch->name);
-  if (out->binary->shared_bytes > SHARED_BYTES_UNASKED)
-    RETURN_IF_REFUSED(self, FuncSetAttribute, out->function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                      out->binary->shared_bytes);
+  RETURN_IF_REFUSED(self, ModuleLoadData, &made->module, made->binary->image);
+  RETURN_IF_REFUSED(self, ModuleGetFunction, &made->function, made->module, name);
+  if (made->binary->shared_bytes > SHARED_BYTES_UNASKED)
+    RETURN_IF_REFUSED(self, FuncSetAttribute, made->function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                      made->binary->shared_bytes);
   return NULL;
 }
 
-/* Loads the op, whose context is current; what was loaded when it fails is left for `unload`. */
-static OrtStatus *load_kernels(const custom_op *self, loaded_op *made) {
-  const int32_t capability = capability_of(cuda, made->device);
-  for (int32_t k = 0; k < made->kernel_count; k++)
-    RETURN_IF_FAILED(load_kernel(self, &made->op->launches[k], capability, &made->kernels[k]));
-  return NULL;
-}
-
-static void unload(loaded_op *self) {
+/* What was loaded when it fails is left for `unload`. */
+static OrtStatus *load(const custom_op *self, const char *name, loaded_kernel *made) {
+  RETURN_IF_REFUSED(self, DevicePrimaryCtxRetain, &made->context, made->device);
+  RETURN_IF_REFUSED(self, CtxPushCurrent, made->context);
+  OrtStatus *status = load_module(self, name, made);
   CUcontext same;
-  if (self->context && cuda->CtxPushCurrent(self->context) == 0) {
-    for (int32_t k = 0; k < self->kernel_count; k++)
-      if (self->kernels[k].module) cuda->ModuleUnload(self->kernels[k].module);
+  cuda->CtxPopCurrent(&same);
+  return status;
+}
+
+static void unload(loaded_kernel *self) {
+  CUcontext same;
+  if (self->module && cuda->CtxPushCurrent(self->context) == 0) {
+    cuda->ModuleUnload(self->module);
     cuda->CtxPopCurrent(&same);
   }
   if (self->context) cuda->DevicePrimaryCtxRelease(self->device);
   free(self);
 }
 
-static OrtStatus *load(const custom_op *self, loaded_op *made) {
-  RETURN_IF_REFUSED(self, DevicePrimaryCtxRetain, &made->context, made->device);
-  RETURN_IF_REFUSED(self, CtxPushCurrent, made->context);
-  OrtStatus *status = load_kernels(self, made);
-  CUcontext same;
-  cuda->CtxPopCurrent(&same);
-  return status;
-}
-
-/* The op on the device, loaded by whoever needs it first. */
-static OrtStatus *acquire(const custom_op *self, int32_t part, CUdevice device, loaded_op **out) {
-  const af_gpu_op *op = self->gpu->ops[part];
-  for (loaded_op *known = loaded_ops; known; known = known->next)
-    if (known->op == op && known->device == device) {
+/* The kernel on the device, loaded by whoever needs it first. */
+static OrtStatus *acquire(const custom_op *self, const char *name, const af_binary *binaries, CUdevice device,
+                          loaded_kernel **out) {
+  for (loaded_kernel *known = loaded_kernels; known; known = known->next)
+    if (known->binaries == binaries && known->device == device) {
       known->users++;
       *out = known;
       return NULL;
     }
-  const int32_t count = self->node->ops[part]->kernel_count;
-  loaded_op *made = calloc(1, sizeof *made + (size_t)count * sizeof made->kernels[0]);
+  loaded_kernel *made = calloc(1, sizeof *made);
   if (!made) return failure(self->owner->api, ORT_FAIL, "%s: no memory; free some.", self->node->name);
-  made->op = op;
+  made->binaries = binaries;
   made->device = device;
-  made->kernel_count = count;
-  OrtStatus *status = load(self, made);
+  OrtStatus *status = load(self, name, made);
   if (status) {
     unload(made);
     return status;
   }
   made->users = 1;
-  made->next = loaded_ops;
-  *out = loaded_ops = made;
+  made->next = loaded_kernels;
+  *out = loaded_kernels = made;
   return NULL;
 }
 
-static void let_go(loaded_op *self) {
+static void let_go(loaded_kernel *self) {
   if (--self->users) return;
-  loaded_op **place = &loaded_ops;
+  loaded_kernel **place = &loaded_kernels;
   while (*place != self) place = &(*place)->next;
   *place = self->next;
   unload(self);
@@ -160,16 +146,44 @@ typedef struct gpu_kernel {
   const custom_op *op;
   OrtAllocator *allocator;
   const OrtMemoryInfo *memory; /* of the device */
-  loaded_op *parts[];          /* one for each op of the node */
+  loaded_kernel *writer;       /* where the node shares launches */
+  loaded_kernel *kernels[];    /* those of each op of the node, as many places for each as there are stages */
 } gpu_kernel;
+
+/* The first op behind those that share their launches with the op at `first`. */
+static int32_t run_end(const custom_op *self, int32_t first) {
+  const af_op *const *ops = self->node->ops;
+  int32_t end = first + 1;
+  if (self->gpu->shares)
+    while (end < self->node->op_count && ops[end] == ops[first] && end - first < AF_MEMBERS) end++;
+  return end;
+}
 
 static void destroy_kernel(void *kernel) {
   gpu_kernel *self = kernel;
+  const int32_t places = self->op->node->op_count * self->op->stage_count;
   pthread_mutex_lock(&lock);
-  for (int32_t p = 0; p < self->op->node->op_count && self->parts[p]; p++) let_go(self->parts[p]);
+  for (int32_t i = 0; i < places; i++)
+    if (self->kernels[i]) let_go(self->kernels[i]);
+  if (self->writer) let_go(self->writer);
   pthread_mutex_unlock(&lock);
   if (self->allocator) self->op->owner->api->ReleaseAllocator(self->allocator);
   free(self);
+}
+
+/* The kernels of a run stand at the places of its first op. */
+static OrtStatus *acquire_kernels(gpu_kernel *self, CUdevice device) {
+  const custom_op *op = self->op;
+  if (op->gpu->shares) RETURN_IF_FAILED(acquire(op, "write", af_writer, device, &self->writer));
+  for (int32_t first = 0, end; first < op->node->op_count; first = end) {
+    end = run_end(op, first);
+    for (int32_t k = 0; k < op->node->ops[first]->kernel_count; k++) {
+      const af_launch *launch = &op->gpu->ops[first]->launches[k];
+      const af_binary *binaries = end - first > 1 ? launch->stitched : launch->binaries;
+      RETURN_IF_FAILED(acquire(op, launch->name, binaries, device, &self->kernels[first * op->stage_count + k]));
+    }
+  }
+  return NULL;
 }
 
 static OrtStatus *open_kernel(gpu_kernel *self, const OrtKernelInfo *info) {
@@ -178,10 +192,8 @@ static OrtStatus *open_kernel(gpu_kernel *self, const OrtKernelInfo *info) {
   RETURN_IF_FAILED(api->KernelInfoGetAllocator(info, OrtMemTypeDefault, &self->allocator));
   RETURN_IF_FAILED(api->AllocatorGetInfo(self->allocator, &self->memory));
   RETURN_IF_FAILED(api->MemoryInfoGetId(self->memory, &device));
-  OrtStatus *status = NULL;
   pthread_mutex_lock(&lock);
-  for (int32_t p = 0; p < self->op->node->op_count && !status; p++)
-    status = acquire(self->op, p, device, &self->parts[p]);
+  OrtStatus *status = acquire_kernels(self, device);
   pthread_mutex_unlock(&lock);
   return status;
 }
@@ -189,7 +201,8 @@ static OrtStatus *open_kernel(gpu_kernel *self, const OrtKernelInfo *info) {
 static OrtStatus *create_kernel(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info,
                                 void **kernel) {
   const custom_op *op = (const custom_op *)base;
-  gpu_kernel *self = calloc(1, sizeof *self + (size_t)op->node->op_count * sizeof self->parts[0]);
+  const size_t places = (size_t)op->node->op_count * (size_t)op->stage_count;
+  gpu_kernel *self = calloc(1, sizeof *self + places * sizeof self->kernels[0]);
   if (!self) return failure(api, ORT_FAIL, "%s: no memory; free some.", op->node->name);
   self->op = op;
   OrtStatus *status = open_kernel(self, info);
@@ -202,13 +215,48 @@ static OrtStatus *create_kernel(const OrtCustomOp *base, const OrtApi *api, cons
 
 /* ---------------------------------------------------------------------------------------- the launches */
 
+/* One call of the node.  Launches follow each other on a stream, so that they share scratch. */
+typedef struct call {
+  const gpu_kernel *kernel;
+  const custom_op *op;
+  const part *parts;
+  char *scratch;
+  char *table; /* of members, where the next values go or the next launch finds its own */
+  CUstream stream;
+} call;
+
+/* Kernels that are one launch, or one that is alone: the kernel number `k` of the ops [first, end). */
+typedef struct run {
+  int32_t first, end, k;
+} run;
+
+/* Goes to the next run, of the first kernels of all ops and then of the second ones, as on the CPU; false behind the
+ * last.  The one before the first is all zeros. */
+static bool next_run(const custom_op *self, run *run) {
+  do {
+    run->first = run->end;
+    if (run->first == self->node->op_count) {
+      run->first = 0;
+      if (++run->k == self->stage_count) return false;
+    }
+    run->end = run_end(self, run->first);
+  } while (run->k >= self->node->ops[run->first]->kernel_count);
+  return true;
+}
+
+static const af_launch *launch_of(const custom_op *self, run run) { return &self->gpu->ops[run.first]->launches[run.k]; }
+
+static int32_t width_of(const af_launch *launch) {
+  return launch->tensor_count + launch->scratch_count + launch->extent_count;
+}
+
 /* Programs of a kernel of the part; 0 where there is nothing to do. */
 static int64_t programs_of(const part *part, const af_launch *launch, int32_t kernel) {
   const int64_t items = part->op->kernels[kernel]->grid(part->n);
   return items <= 0 ? 0 : (items - 1) / launch->items + 1;
 }
 
-/* Points `pieces` at the scratch of a launch, one piece after the other from `base` on, or nowhere; gives the
+/* Points `pieces` at the scratch of a kernel, one piece after the other from `base` on, or nowhere; gives the
  * bytes that they take. */
 static size_t place_scratch(const af_launch *launch, const int64_t *n, int64_t programs, char *base,
                             void **pieces) {
@@ -216,68 +264,156 @@ static size_t place_scratch(const af_launch *launch, const int64_t *n, int64_t p
   size_t total = 0;
   launch->scratch_bytes(n, bytes);
   for (int32_t i = 0; i < launch->scratch_count; total += aligned(bytes[i++] * programs))
-    if (base) pieces[i] = base + total;
+    if (pieces) pieces[i] = base + total;
   return total;
 }
 
-/* The bytes of scratch of the greediest launch; as they follow each other on a stream, they share it. */
-static size_t most_scratch(const custom_op *self, const part *parts) {
-  size_t most = 0;
-  for (int32_t p = 0; p < self->node->op_count; p++)
-    for (int32_t k = 0; k < parts[p].op->kernel_count; k++) {
-      const af_launch *launch = &self->gpu->ops[p]->launches[k];
-      const size_t bytes = place_scratch(launch, parts[p].n, programs_of(&parts[p], launch, k), NULL, NULL);
-      if (bytes > most) most = bytes;
-    }
-  return most;
+/* The bytes of scratch of the greediest launch, and the bytes of all tables. */
+static void count_memory(const custom_op *self, const part *parts, size_t *scratch, size_t *table) {
+  int64_t values = 0;
+  *scratch = 0;
+  for (run run = {0}; next_run(self, &run);) {
+    const af_launch *launch = launch_of(self, run);
+    size_t bytes = 0;
+    for (int32_t p = run.first; p < run.end; p++)
+      bytes += place_scratch(launch, parts[p].n, programs_of(&parts[p], launch, run.k), NULL, NULL);
+    if (bytes > *scratch) *scratch = bytes;
+    if (run.end - run.first > 1) values += (run.end - run.first) * (1 + width_of(launch));
+  }
+  *table = (size_t)((values + AF_WRITTEN - 1) / AF_WRITTEN * AF_WRITTEN) * sizeof(int64_t);
 }
 
-static OrtStatus *launch_kernel(const custom_op *self, const part *part, const af_launch *launch,
-                                const loaded_kernel *kernel, int64_t programs, char *scratch, CUstream stream) {
-  void *pieces[launch->scratch_count + 1], *of_triton = NULL;
-  void *arguments[launch->tensor_count + launch->scratch_count + launch->extent_count + 2], **next = arguments;
+/* Starts a kernel with `count` arguments; `arguments` has room for two more. */
+static OrtStatus *start(const call *self, const loaded_kernel *kernel, int64_t programs, void **arguments,
+                        int32_t count) {
+  void *of_triton = NULL;
   if (programs > INT32_MAX)
-    return failure(self->owner->api, ORT_INVALID_ARGUMENT,
-                   "%s: %s needs %lld programs, expected fewer than 2^31; give it smaller tensors.",
-                   part->op->name, launch->name, (long long)programs);
-  place_scratch(launch, part->n, programs, scratch, pieces);
-  for (int32_t i = 0; i < launch->tensor_count; i++) *next++ = &part->buffers[launch->tensors[i]];
-  for (int32_t i = 0; i < launch->scratch_count; i++) *next++ = &pieces[i];
-  for (int32_t i = 0; i < launch->extent_count; i++) *next++ = &part->n[launch->extents[i]];
-  *next++ = &of_triton;
-  *next++ = &of_triton;
-  RETURN_IF_REFUSED(self, LaunchKernel, kernel->function, (unsigned)programs, 1, 1,
-                    (unsigned)kernel->binary->threads, 1, 1, (unsigned)kernel->binary->shared_bytes, stream,
+    return failure(self->op->owner->api, ORT_INVALID_ARGUMENT,
+                   "%s: a kernel needs %lld programs, expected fewer than 2^31; give it smaller tensors.",
+                   self->op->node->name, (long long)programs);
+  arguments[count] = arguments[count + 1] = &of_triton;
+  RETURN_IF_REFUSED(self->op, LaunchKernel, kernel->function, (unsigned)programs, 1, 1,
+                    (unsigned)kernel->binary->threads, 1, 1, (unsigned)kernel->binary->shared_bytes, self->stream,
                     arguments, NULL);
   return NULL;
 }
 
-static OrtStatus *launch_kernels(const gpu_kernel *self, const part *parts, char *scratch, CUstream stream) {
-  for (int32_t p = 0; p < self->op->node->op_count; p++)
-    for (int32_t k = 0; k < parts[p].op->kernel_count; k++) {
-      const af_launch *launch = &self->op->gpu->ops[p]->launches[k];
-      const int64_t programs = programs_of(&parts[p], launch, k);
-      if (programs)
-        RETURN_IF_FAILED(launch_kernel(self->op, &parts[p], launch, &self->parts[p]->kernels[k], programs, scratch,
-                                       stream));
-    }
+/* The arguments of a kernel of the part, with its scratch from `scratch` on; gives the scratch behind it. */
+static char *place_arguments(const part *part, const af_launch *launch, int64_t programs, char *scratch,
+                             int64_t *values) {
+  void *pieces[launch->scratch_count + 1];
+  const size_t bytes = place_scratch(launch, part->n, programs, scratch, pieces);
+  for (int32_t i = 0; i < launch->tensor_count; i++) *values++ = (intptr_t)part->buffers[launch->tensors[i]];
+  for (int32_t i = 0; i < launch->scratch_count; i++) *values++ = (intptr_t)pieces[i];
+  for (int32_t i = 0; i < launch->extent_count; i++) *values++ = part->n[launch->extents[i]];
+  return scratch + bytes;
+}
+
+static OrtStatus *launch_alone(const call *self, run run) {
+  const part *part = &self->parts[run.first];
+  const af_launch *launch = launch_of(self->op, run);
+  const int64_t programs = programs_of(part, launch, run.k);
+  const int32_t width = width_of(launch);
+  int64_t values[width + 1];
+  void *arguments[width + 2];
+  if (!programs) return NULL;
+  place_arguments(part, launch, programs, self->scratch, values);
+  for (int32_t i = 0; i < width; i++) arguments[i] = &values[i];
+  return start(self, self->kernel->kernels[run.first * self->op->stage_count + run.k], programs, arguments, width);
+}
+
+static OrtStatus *launch_stitched(call *self, run run) {
+  const af_launch *launch = launch_of(self->op, run);
+  int32_t members = run.end - run.first;
+  int64_t programs = 0;
+  void *table = self->table, *arguments[4] = {&table, &members};
+  for (int32_t p = run.first; p < run.end; p++) programs += programs_of(&self->parts[p], launch, run.k);
+  self->table += (size_t)(members * (1 + width_of(launch))) * sizeof(int64_t);
+  if (!programs) return NULL;
+  return start(self, self->kernel->kernels[run.first * self->op->stage_count + run.k], programs, arguments, 2);
+}
+
+static OrtStatus *launch_kernels(call *self) {
+  for (run run = {0}; next_run(self->op, &run);)
+    RETURN_IF_FAILED(run.end - run.first > 1 ? launch_stitched(self, run) : launch_alone(self, run));
   return NULL;
 }
 
+/* ------------------------------------------------------------------------------------- the members' table */
+
+/* Values on their way to the device, as arguments of a launch, which keeps a copy of them. */
+typedef struct written {
+  int64_t values[AF_WRITTEN];
+  int32_t count;
+} written;
+
+static OrtStatus *write_values(call *self, written *written) {
+  void *place = self->table, *arguments[AF_WRITTEN + 3] = {&place};
+  for (int32_t i = 0; i < AF_WRITTEN; i++) arguments[i + 1] = &written->values[i];
+  self->table += sizeof written->values;
+  written->count = 0;
+  return start(self, self->kernel->writer, 1, arguments, AF_WRITTEN + 1);
+}
+
+static OrtStatus *put(call *self, written *written, const int64_t *values, int32_t count) {
+  for (int32_t i = 0; i < count; i++) {
+    written->values[written->count++] = values[i];
+    if (written->count == AF_WRITTEN) RETURN_IF_FAILED(write_values(self, written));
+  }
+  return NULL;
+}
+
+/* Where each member begins, then the arguments of each. */
+static OrtStatus *put_members(call *self, written *written, run run) {
+  const af_launch *launch = launch_of(self->op, run);
+  const int32_t width = width_of(launch);
+  int64_t begin = 0, values[width + 1];
+  char *scratch = self->scratch;
+  for (int32_t p = run.first; p < run.end; p++) {
+    RETURN_IF_FAILED(put(self, written, &begin, 1));
+    begin += programs_of(&self->parts[p], launch, run.k);
+  }
+  for (int32_t p = run.first; p < run.end; p++) {
+    const part *part = &self->parts[p];
+    scratch = place_arguments(part, launch, programs_of(part, launch, run.k), scratch, values);
+    RETURN_IF_FAILED(put(self, written, values, width));
+  }
+  return NULL;
+}
+
+static OrtStatus *write_tables(call *self) {
+  char *table = self->table;
+  written written = {.count = 0};
+  for (run run = {0}; next_run(self->op, &run);)
+    if (run.end - run.first > 1) RETURN_IF_FAILED(put_members(self, &written, run));
+  if (written.count) RETURN_IF_FAILED(write_values(self, &written));
+  self->table = table;
+  return NULL;
+}
+
+/* ----------------------------------------------------------------------------------------- the memory */
+
+static OrtStatus *write_and_launch(call *self) {
+  RETURN_IF_FAILED(write_tables(self));
+  return launch_kernels(self);
+}
+
 /* The memory is given back once everything is launched: what the stream does later finds it free only then. */
-static OrtStatus *run_with_memory(const gpu_kernel *self, OrtKernelContext *context, const part *parts,
-                                  size_t temporaries, size_t scratch, CUstream stream) {
+static OrtStatus *run_with_memory(call *self, OrtKernelContext *context, size_t temporaries, size_t scratch,
+                                  size_t table) {
   const OrtApi *api = self->op->owner->api;
+  const size_t bytes = temporaries + scratch + table;
   void *block = NULL;
-  RETURN_IF_FAILED(
-      api->KernelContext_GetScratchBuffer(context, self->memory, temporaries + scratch + ALIGNMENT, &block));
+  RETURN_IF_FAILED(api->KernelContext_GetScratchBuffer(context, self->kernel->memory, bytes + ALIGNMENT, &block));
   if (!block)
     return failure(api, ORT_FAIL, "%s: no memory for %zu bytes on the device; run less at once.",
-                   self->op->node->name, temporaries + scratch);
+                   self->op->node->name, bytes);
   char *base = (char *)(((uintptr_t)block + ALIGNMENT - 1) & ~(uintptr_t)(ALIGNMENT - 1));
-  place_temporaries(self->op, parts, base);
-  OrtStatus *status = launch_kernels(self, parts, base + temporaries, stream);
-  OrtStatus *freed = api->AllocatorFree(self->allocator, block);
+  place_temporaries(self->op, self->parts, base);
+  self->scratch = base + temporaries;
+  self->table = self->scratch + scratch;
+  OrtStatus *status = write_and_launch(self);
+  OrtStatus *freed = api->AllocatorFree(self->kernel->allocator, block);
   if (freed) api->ReleaseStatus(freed);
   return status;
 }
@@ -296,15 +432,17 @@ static OrtStatus *compute_on_gpu(void *kernel, OrtKernelContext *context) {
   part parts[op->node->op_count];
   void *buffers[op->buffer_count + 1], *stream;
   int64_t n[op->symbol_count + 1];
+  size_t scratch, table;
   lay_out_parts(op, parts, buffers, n);
   RETURN_IF_FAILED(bind_parts(op, context, parts));
   RETURN_IF_FAILED(check_axes(op, parts));
   RETURN_IF_FAILED(allocate_outputs(op, context, parts));
   RETURN_IF_FAILED(op->owner->api->KernelContext_GetGPUComputeStream(context, &stream));
-  const size_t scratch = most_scratch(op, parts);
+  call call = {.kernel = self, .op = op, .parts = parts, .stream = stream};
+  count_memory(op, parts, &scratch, &table);
   const size_t temporaries = place_temporaries(op, parts, NULL);
-  if (temporaries + scratch) return run_with_memory(self, context, parts, temporaries, scratch, stream);
-  return launch_kernels(self, parts, NULL, stream);
+  if (temporaries + scratch + table) return run_with_memory(&call, context, temporaries, scratch, table);
+  return launch_kernels(&call);
 }
 
 /* ---------------------------------------------------------------------------------------- the custom op */

@@ -18,7 +18,12 @@ typedef struct af_binary {
 
 /* How a kernel is started.  Its arguments are the addresses of `tensors`, then of `scratch_count` pieces of memory
  * that have room for each program, then `extents` as 64-bit integers, and two pointers that Triton adds for itself
- * and that no kernel of ours reads. */
+ * and that no kernel of ours reads.
+ *
+ * In its stitched form it is for up to AF_MEMBERS ops of a kind in one launch.  Its arguments are the address of a
+ * table and the number of members.  The table holds the first program of each member, then, member by member, the
+ * arguments that it has alone, all of 64 bits. */
+#define AF_MEMBERS 256
 typedef struct af_launch {
   const char *name; /* of the function in each module */
   int32_t items;    /* work items of the af_kernel that a program computes, the last one maybe fewer */
@@ -28,7 +33,12 @@ typedef struct af_launch {
   /* Writes the bytes of each piece of scratch that one program needs. */
   void (*scratch_bytes)(const int64_t *n, int64_t *bytes);
   const af_binary *binaries; /* what fits better comes first */
+  const af_binary *stitched; /* the same, in its stitched form; empty where no node needs it */
 } af_launch;
+
+/* The kernel `write` puts its other arguments, AF_WRITTEN values of 64 bits, where its first one points. */
+#define AF_WRITTEN 480
+extern const af_binary *const af_writer; /* empty where no node shares launches */
 
 typedef struct af_gpu_op {
   const af_launch *launches; /* the kernels of the af_op, in the same order */
@@ -42,6 +52,7 @@ typedef struct af_gpu_op {
 typedef struct af_gpu_node {
   const af_gpu_op *const *ops; /* those of the node's ops; NULL where the node has no form on GPUs */
   const uint8_t *on_host;      /* for each input of the node whether extents are read from its elements */
+  int32_t shares;              /* whether equal ops that follow each other share launches */
 } af_gpu_node;
 
 extern const af_gpu_node af_gpu_nodes[];

@@ -97,10 +97,13 @@ def compile_kernels(jobs: Sequence[Job], target: GpuTarget, cache: Path, workers
 def _description(job: Job, target: GpuTarget) -> dict[str, object]:
     """All that a binary follows from."""
     launch, warp = job.launch, target.warp
-    signature = {name: f"*{_TYPES[job.types[name]]}" for name in launch.tensors}
-    signature |= {buffer.name: f"*{_TYPES[buffer.dtype.compute]}" for buffer in launch.scratch}
-    pointers = len(signature)
-    signature |= dict.fromkeys(launch.extents, "i64")
+    if launch.stitched:
+        pointers, signature = 1, {"members": "*i64", "count": "i32"}
+    else:
+        signature = {name: f"*{_TYPES[job.types[name]]}" for name in launch.tensors}
+        signature |= {buffer.name: f"*{_TYPES[buffer.dtype.compute]}" for buffer in launch.scratch}
+        pointers = len(signature)
+        signature |= dict.fromkeys(launch.extents, "i64")
     constants: dict[str, int] = {}
     if launch.block is not None:
         signature["BLOCK"], constants["BLOCK"] = "constexpr", launch.block

@@ -146,3 +146,23 @@ def floor_divide(a, b):
 def wrap(index, extent):
     """An index that may count from the end of an axis; one outside of it is taken to the nearest element."""
     return tl.maximum(tl.minimum(tl.where(index < 0, index + extent, index), extent - 1), 0)
+
+
+@triton.jit
+def member(members, count, width: tl.constexpr):
+    """Of `count` kernels in one launch the program's own, each of which has a range of programs.
+
+    `members` holds the first program of each, then the `width` arguments of each. Gives the program's number
+    in its range, and where the arguments lie. An empty range begins where the next one does.
+    """
+    place = tl.arange(0, 256)
+    first = tl.load(members + place, mask=place < count, other=2147483647).to(tl.int32)
+    begun = first <= tl.program_id(0)
+    own = tl.sum(begun.to(tl.int32), 0) - 1
+    return tl.program_id(0) - tl.max(tl.where(begun, first, 0), 0), members + count + own * width
+
+
+@triton.jit
+def tensor(argument, dtype: tl.constexpr):
+    """The tensor whose address lies there, aligned as onnxruntime's are."""
+    return tl.multiple_of(tl.load(argument).to(tl.pointer_type(dtype)), 16)

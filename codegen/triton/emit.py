@@ -3,6 +3,9 @@
 A work item becomes a program, and its lane loops blocks (see `blocks`).  A reduction over an axis that takes
 several blocks keeps an accumulator for each lane, and combines them behind the loop.  Where a program reads
 what its threads have left in memory, they wait for each other first.
+
+In its stitched form a kernel is for several members of a stitch in one launch, each with a range of programs;
+a program then finds its arguments in a table.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apollo_fuse.codegen.triton import expressions as t
 from apollo_fuse.codegen.triton.blocks import BLOCK, local_values, rows_for, warps_for, with_folds_in_lanes
 from apollo_fuse.codegen.triton.writer import NotEmitted, Writer
 from apollo_fuse.graph import Refused
@@ -35,6 +39,7 @@ class Launch:
     A program computes `rows` items, the last one maybe fewer.
     Its arguments are the addresses of `tensors` and of `scratch`, which has room for each program, then the
     `extents` as 64-bit integers. `block` is the length of BLOCK, None where the kernel has none.
+    Where `stitched`, they lie in a table, and the arguments are its address and the number of members.
     """
 
     kernel: str
@@ -46,6 +51,12 @@ class Launch:
     rows: int
     items: Index
     form: int
+    stitched: bool = False
+
+    @property
+    def width(self) -> int:
+        """Arguments of a member, 64 bits each."""
+        return len(self.tensors) + len(self.scratch) + len(self.extents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +67,13 @@ class Program:
     launches: tuple[Launch, ...]
 
 
-def emit(group: KernelGroup, name: str, comment: str) -> Program | Refused:
-    """The module for a group; `comment` says what it computes."""
+def emit(group: KernelGroup, name: str, comment: str, stitched: bool = False) -> Program | Refused:
+    """The module for a group, in its `stitched` form or else alone; `comment` says what it computes."""
     parts = [_HEAD.format(comment=comment)]
     launches: list[Launch] = []
     for kernel in group.kernels:
         try:
-            text, launch = _kernel(group, kernel)
+            text, launch = _kernel(group, kernel, stitched)
         except NotEmitted as problem:
             return Refused((name,), RULE, problem.args[0], problem.args[1])
         parts.append(text)
@@ -70,7 +81,7 @@ def emit(group: KernelGroup, name: str, comment: str) -> Program | Refused:
     return Program("\n\n".join(parts), tuple(launches))
 
 
-def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
+def _kernel(group: KernelGroup, kernel: Kernel, stitched: bool) -> tuple[str, Launch]:
     kernel = with_folds_in_lanes(kernel)
     known = kernel.items.constant
     if known is not None and known >= _LARGE:
@@ -80,7 +91,7 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
     scratch = tuple(b for b in kernel.buffers if b.scope is not Scope.GLOBAL and owners.get(b.name) == b.name)
     writer = Writer(kernel, values, owners, _is_wide(kernel, scratch))
     rows = rows_for(kernel) if not scratch else 1
-    program = writer.program(rows)
+    program = writer.program(rows, "number" if stitched else "tl.program_id(0)")
     for buffer in scratch:
         writer.place(buffer, f"{buffer.name} + {program} * {writer.factor(buffer.size)}")
     for buffer in kernel.buffers:
@@ -93,12 +104,28 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> tuple[str, Launch]:
     extents = tuple(e.symbol.name for e in group.extents if e.symbol.name in writer.extents)
     block = BLOCK if writer.has_block else None
     warps = warps_for(kernel, rows)
-    launch = Launch(kernel.name, tensors, scratch, extents, block, warps, rows, kernel.items, kernel.form)
-    constants = () if block is None else ("BLOCK: tl.constexpr",)
-    parameters = ", ".join((*tensors, *(b.name for b in scratch), *extents, *constants))
+    launch = Launch(
+        kernel.name, tensors, scratch, extents, block, warps, rows, kernel.items, kernel.form, stitched
+    )
+    own = ("members", "count") if stitched else (*tensors, *(b.name for b in scratch), *extents)
+    parameters = ", ".join((*own, *(() if block is None else ("BLOCK: tl.constexpr",))))
     head = f"@triton.jit\ndef {kernel.name}({parameters}):\n"
-    lines = [f'    """{_taken(group, kernel, launch)}"""', *writer.lines]
-    return head + "\n".join(lines) + "\n", launch
+    lines = [f'    """{_taken(group, kernel, launch)}"""']
+    lines += [f"    {line}" for line in _arguments(group, launch)] if stitched else []
+    return head + "\n".join([*lines, *writer.lines]) + "\n", launch
+
+
+def _arguments(group: KernelGroup, launch: Launch) -> list[str]:
+    """Finds the member that the program is of, and reads its arguments."""
+    types = {v.name: v.dtype for v in (*group.inputs, *group.outputs, *group.temporaries)}
+    pointers = {name: t.STORAGE[types[name]] for name in launch.tensors}
+    pointers |= {buffer.name: t.STORAGE[buffer.dtype.compute] for buffer in launch.scratch}
+    lines = [f"number, own = af.member(members, count, {launch.width})"]
+    lines += [
+        f"{name} = af.tensor(own + {place}, {dtype})" for place, (name, dtype) in enumerate(pointers.items())
+    ]
+    lines += [f"{name} = tl.load(own + {len(pointers) + k})" for k, name in enumerate(launch.extents)]
+    return lines
 
 
 def _place_in_host(writer: Writer, kernel: Kernel, buffer: Buffer) -> None:
@@ -118,7 +145,8 @@ def _taken(group: KernelGroup, kernel: Kernel, launch: Launch) -> str:
     where = f", where {' and '.join(conditions)}" if conditions else ""
     warps = f"{launch.warps} warp{'' if launch.warps == 1 else 's'}"
     block = "" if launch.block is None else f" and a BLOCK of {launch.block}"
-    return f"Items: {kernel.items}{where}; {launch.rows} in each program of {warps}{block}."
+    whose = " of each member" if launch.stitched else ""
+    return f"Items{whose}: {kernel.items}{where}; {launch.rows} in each program of {warps}{block}."
 
 
 def _owner(kernel: Kernel, buffer: Buffer, values: frozenset[str]) -> str:

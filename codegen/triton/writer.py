@@ -91,13 +91,13 @@ class Writer:
     def line(self, text: str) -> None:
         self.lines.append("    " * self._depth + text)
 
-    def program(self, rows: int) -> str:
-        """The axes of the grid, the last one running fastest; gives the name of the program's number.
+    def program(self, rows: int, number: str) -> str:
+        """The axes of the grid, the last one running fastest; gives the name of the program's `number`.
 
         Of several `rows` there is one item in each.
         """
         grid = self.kernel.grid
-        own = "tl.program_id(0)" + (".to(tl.int64)" if self.wide else "")
+        own = number + (".to(tl.int64)" if self.wide else "")
         if rows > 1:
             self.line(f"program = {own} * {rows} + tl.arange(0, {rows})[:, None]")
             self.line(f"program_inside = program < {self.index(self.kernel.items)}")
