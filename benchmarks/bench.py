@@ -18,6 +18,7 @@ import apollo_fuse
 import models
 from apollo_fuse.cpu import cpu_name
 from apollo_fuse.measure import Timing
+from apollo_fuse.options import LAYOUTS
 from benchmarks.row import comparison_from
 from benchmarks.table import Row, to_json, to_markdown
 from models import RealModel
@@ -29,7 +30,7 @@ _SPINNING_TURNS = 2
 _PACKAGES = ("onnxruntime", "onnx", "numpy")
 
 
-def measured(name: str, folder: Path, *, seconds: float, threads: int) -> Row:
+def measured(name: str, folder: Path, layout: str, *, seconds: float, threads: int) -> Row:
     """The row of one model, each measurement in a process of its own; a failure is a row too."""
     entry = models.find(name)
     row = (
@@ -44,7 +45,9 @@ def measured(name: str, folder: Path, *, seconds: float, threads: int) -> Row:
         return child("benchmarks.row", [mode, name, *arguments, *settings], folder / f"{name}.json")
 
     try:
-        row = replace(row, comparison=comparison_from(row_of("compare", "--fused", str(fused))))
+        row = replace(
+            row, comparison=comparison_from(row_of("compare", "--fused", str(fused), "--layout", layout))
+        )
         for _ in range(_SPINNING_TURNS):  # in turn: the machine may be busy with others for one of them
             unfused = _timing(row_of("spinning"))
             fused_timing = _timing(row_of("spinning", "--fused", str(fused)))
@@ -112,13 +115,13 @@ def _summary(row: Row) -> str:
 
 
 def run(
-    names: Sequence[str], *, seconds: float, threads: int, report: Callable[[str], None]
+    names: Sequence[str], layout: str, *, seconds: float, threads: int, report: Callable[[str], None]
 ) -> tuple[Row, ...]:
     """The rows of the named models, each reported as it is done."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            rows.append(measured(name, Path(folder), seconds=seconds, threads=threads))
+            rows.append(measured(name, Path(folder), layout, seconds=seconds, threads=threads))
             report(_summary(rows[-1]))
     return tuple(rows)
 
@@ -137,14 +140,17 @@ def parser_of(module: str, description: str | None, seconds: float) -> argparse.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    chosen = parser_of("benchmarks.bench", __doc__, seconds=2.0).parse_args(arguments)
+    parser = parser_of("benchmarks.bench", __doc__, seconds=2.0)
+    parser.add_argument("--layout", choices=LAYOUTS, default="portable", help="that the models are fused in")
+    chosen = parser.parse_args(arguments)
     rows = run(
         chosen.only or models.names(),
+        chosen.layout,
         seconds=chosen.seconds,
         threads=chosen.threads,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    facts = machine()
+    facts = machine() | {"layout": chosen.layout}
     settings = {"seconds": chosen.seconds, "threads": chosen.threads}
     if chosen.json:
         chosen.json.write_text(json.dumps(to_json(rows, facts, settings), indent=2) + "\n")

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import onnxruntime as ort
 import apollo_fuse
 import models
 from apollo_fuse.measure import Timing, interleaved, noise, session_options
+from apollo_fuse.options import LAYOUTS
 from benchmarks.memory_share import memory_bound_share
 from models import Builder, RealModel
 
@@ -85,11 +86,11 @@ def speedup_at(share: float, factor: float | None) -> float | None:
     return 1 / left if left > 0 else None
 
 
-def compare(name: str, output: Path, *, seconds: float, threads: int) -> Comparison:
+def compare(name: str, output: Path, layout: str, *, seconds: float, threads: int) -> Comparison:
     """Fuses the model into `output` and measures it.  Raises ValueError where the outputs differ."""
     model = models.path(name)
     feeds = models.feeds(name)
-    options = compile_options(name, feeds, output, threads)
+    options = replace(compile_options(name, feeds, output, threads), layout=layout)
     started = time.perf_counter()
     report = apollo_fuse.fuse(model, output, options=options)
     compiled = time.perf_counter() - started
@@ -191,13 +192,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--fused", type=Path, help="the fused model: written by compare, measured by spinning"
     )
+    parser.add_argument("--layout", choices=LAYOUTS, default="portable", help="that compare fuses in")
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--threads", type=int, default=2)
     chosen = parser.parse_args(arguments)
     if chosen.mode == "compare" and chosen.fused is None:
         parser.error("compare needs --fused")
-    measured = compare if chosen.mode == "compare" else spinning
-    result = measured(chosen.name, chosen.fused, seconds=chosen.seconds, threads=chosen.threads)
+    settings = {"seconds": chosen.seconds, "threads": chosen.threads}
+    result = (
+        compare(chosen.name, chosen.fused, chosen.layout, **settings)
+        if chosen.mode == "compare"
+        else spinning(chosen.name, chosen.fused, **settings)
+    )
     chosen.result.write_text(json.dumps(asdict(result)))
     return 0
 
