@@ -131,8 +131,8 @@ def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTar
     default="auto",
     show_default=True,
     metavar="cpu,GPU,...",
-    help="cpu makes the library. GPUs may follow: for cuda:80 and cuda:90 it holds kernels too, which no GPU "
-    "has run yet; for hip:gfx942 they are only compiled. --json and --explain tell what they take.",
+    help="cpu makes the library. GPUs may follow: for cuda:80, cuda:90 and hip:gfx942 it holds kernels too, "
+    "which no GPU has run yet. --json and --explain tell what they take.",
 )
 @click.option(
     "--cpu",

@@ -19,7 +19,6 @@ from apollo_fuse.options import Options
 from apollo_fuse.versions import versions
 
 _ON_GPU = "compiles kernels into libraries; no GPU has run one yet"
-_REPORTED = "compiles kernels to report on them; nothing launches them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def _gpus() -> Iterator[Finding]:
     for gpu in GPUS:
         try:
             require_triton()
-            yield Finding(f"cpu,{gpu}", _ON_GPU if gpu.launches else _REPORTED)
+            yield Finding(f"cpu,{gpu}", _ON_GPU)
         except CompilerError as error:
             yield Finding(f"cpu,{gpu}", "", str(error))
 
@@ -100,32 +99,37 @@ def _cache(options: Options) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class _Driver:
-    """A GPU's driver: its library, and the functions that start it and count its devices."""
+    """A GPU's driver: its library by the names it may have, and what starts it and counts its devices."""
 
     name: str
-    library: str
+    libraries: tuple[str, ...]
     start: str
     count: str
 
 
 _DRIVERS = (
-    _Driver("CUDA driver", "libcuda.so.1", "cuInit", "cuDeviceGetCount"),
-    _Driver("HIP driver", "libamdhip64.so", "hipInit", "hipGetDeviceCount"),
+    _Driver("CUDA driver", ("libcuda.so.1",), "cuInit", "cuDeviceGetCount"),
+    _Driver(
+        "HIP driver",
+        ("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"),
+        "hipInit",
+        "hipGetDeviceCount",
+    ),
 )
 
 
 def _driver(driver: _Driver) -> Finding:
-    try:
-        library = ctypes.CDLL(driver.library)
-    except OSError:
-        return Finding(driver.name, f"none: {driver.library} is not there")
-    devices = ctypes.c_int(0)
-    status = getattr(library, driver.start)(0) or getattr(library, driver.count)(ctypes.byref(devices))
-    if status:
-        return Finding(driver.name, f"{driver.library} is there, and ends with status {status}")
-    return Finding(
-        driver.name, f"{driver.library}, {devices.value} device{'' if devices.value == 1 else 's'}"
-    )
+    for name in driver.libraries:
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        devices = ctypes.c_int(0)
+        status = getattr(library, driver.start)(0) or getattr(library, driver.count)(ctypes.byref(devices))
+        if status:
+            return Finding(driver.name, f"{name} is there, and ends with status {status}")
+        return Finding(driver.name, f"{name}, {devices.value} device{'' if devices.value == 1 else 's'}")
+    return Finding(driver.name, f"none: {driver.libraries[-1]} is not there")
 
 
 def lines(diagnosis: Diagnosis) -> Sequence[str]:

@@ -202,7 +202,7 @@ class _Compilation:
         """The GPUs that the library holds kernels for."""
         kept = (kernel.name for x in taken.settled.kept for kernel in members(x))
         has_some = any(name in found.code.forms for name in kept)
-        return tuple(str(gpu) for gpu in self.options.gpus if gpu.launches and has_some)
+        return tuple(str(gpu) for gpu in self.options.gpus if has_some)
 
     def _write(self, taken: Attempt, on_gpus: GpuKernels) -> Path | None:
         """The written model's library, or None where it has none."""

@@ -30,11 +30,6 @@ class GpuTarget:
         return 64 if self.backend == "hip" else 32
 
     @property
-    def launches(self) -> bool:
-        """Whether libraries hold kernels for it, and launch them."""
-        return self.backend == "cuda"
-
-    @property
     def machine(self) -> Machine:
         """A GPU of the architecture, which kernels are predicted for."""
         from apollo_fuse import descriptions  # which knows all of the compiler

@@ -88,19 +88,17 @@ def on_gpus(
         reports[x.variant] = {
             str(gpu): _report_of_stitch(x, launches, alone[gpu], stitched, gpu, sizes) for gpu in options.gpus
         }
-    held = [gpu for gpu in options.gpus if gpu.launches]
     forms = {
         candidate.name: gpu_form(
             candidate.group,
             candidate.name,
             launches[candidate.name],
-            {gpu: alone[gpu][candidate.name] for gpu in held},
-            {gpu: found[gpu] for gpu in held} if (found := stitched.binaries.get(candidate.name)) else {},
+            {gpu: alone[gpu][candidate.name] for gpu in options.gpus},
+            stitched.binaries.get(candidate.name, {}),
         )
-        for candidate, _ in (jobs if held else ())
+        for candidate, _ in jobs
     }
-    writers = {gpu: stitched.writer[gpu] for gpu in held if gpu in stitched.writer}
-    return GpuKernels(reports, GpuCode(forms, writers), stitched.texts)
+    return GpuKernels(reports, GpuCode(forms, stitched.writer), stitched.texts)
 
 
 def _chosen(

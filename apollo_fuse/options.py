@@ -72,7 +72,7 @@ class Options:
     shapes: extents for inputs with open dimensions, used to measure and to verify; one entry an input.
     inputs: a `.npz` file with arrays for inputs by name, to measure and verify with; others are made up.
     target: `cpu`, or `auto` for what the machine has. GPUs may follow, as in `cpu,cuda:90`: then the library
-        has kernels for those of CUDA, and the report tells what kernels are on all of them; none has run yet.
+        has kernels for them too, and the report tells what those take; no GPU has run one yet.
     cpu: the processors that the library is made for; the machine's own unless others are named.
     layout: `portable` for a model that runs anywhere; `ort` for one in onnxruntime's own layout, which runs
         on machines like this one alone; `auto` for the faster one of both.
@@ -142,7 +142,7 @@ class Options:
 
     @property
     def gpus(self) -> tuple[GpuTarget, ...]:
-        """The GPUs that kernels are compiled for, to report on."""
+        """The GPUs that kernels are compiled for."""
         return gpus_of(self.target)
 
     @property

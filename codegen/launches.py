@@ -15,6 +15,7 @@ from apollo_fuse.gpu import GpuTarget
 from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.scop import Extent
 
+_CODE = {"cuda": "AF_CUBIN", "hip": "AF_HSACO"}
 _LINE = 64  # bytes of a binary in a line of text
 _PRINTED = frozenset(range(0x20, 0x7F)) - frozenset(b'"\\?')
 _AS_C = [chr(byte) if byte in _PRINTED else f"\\{byte:03o}" for byte in range(256)]
@@ -49,7 +50,7 @@ def gpu_form(
     binaries: Mapping[GpuTarget, Sequence[Binary]],
     stitched: Mapping[GpuTarget, Sequence[Binary]],
 ) -> GpuForm:
-    """The form of the group called `name`; `binaries` are those of the launches, for each GPU of CUDA.
+    """The form of the group called `name`; `binaries` are those of the launches, for each GPU.
 
     stitched: the same in their stitched form, of a group that some stitch has several of.
     """
@@ -136,18 +137,23 @@ def _scratch_bytes(group: KernelGroup, launch: Launch, name: str) -> str:
 
 def _images(name: str, compiled: Mapping[GpuTarget, Binary]) -> str:
     """The modules of a kernel: code for each GPU, the newest first, and text that newer ones compile."""
-    newest_first = sorted(compiled.items(), key=lambda x: int(x[0].architecture), reverse=True)
+    newest_first = sorted(compiled.items(), key=lambda x: int(_architecture(x[0]), 0), reverse=True)
+    found = [(target, binary, _CODE[target.backend], binary.path) for target, binary in newest_first]
+    cuda = [x for x in newest_first if x[0].backend == "cuda"]
+    found += [(target, binary, "AF_PTX", binary.text) for target, binary in cuda[:1]]
     lines: list[str] = []
     entries: list[str] = []
-    for target, binary in newest_first:
-        code = f"{name}_{target.architecture}"
-        lines.append(_data(code, binary.path.read_bytes()))
-        entries.append(f"{{{target.architecture}, 0, {binary.threads}, {binary.shared_bytes}, {code}}}")
-    for target, binary in newest_first[:1]:
-        lines.append(_data(f"{name}_text", binary.text.read_bytes()))
-        entries.append(f"{{{target.architecture}, 1, {binary.threads}, {binary.shared_bytes}, {name}_text}}")
+    for place, (target, binary, form, path) in enumerate(found):
+        lines.append(_data(f"{name}_{place}", path.read_bytes()))
+        block = f"{binary.threads}, {binary.shared_bytes}"
+        entries.append(f"{{{form}, {_architecture(target)}, {block}, {name}_{place}}}")
     entries.append("{0, 0, 0, 0, NULL}")
     return "\n".join([*lines, f"static const af_binary {name}[] = {{{listed(entries)}}};"])
+
+
+def _architecture(target: GpuTarget) -> str:
+    """A number, as a binary in the library has it."""
+    return target.architecture.replace("gfx", "0x")
 
 
 def _data(name: str, content: bytes) -> str:

@@ -1,6 +1,6 @@
 """A process where libraries launch kernels on GPUs that are not there.
 
-What is in tests/gpu stands in for the driver, and for the CUDA provider of an onnxruntime that has none.
+What is in tests/gpu stands in for drivers, and for the providers of an onnxruntime that has none for GPUs.
 Triton's interpreter runs what is launched.
 """
 
@@ -83,22 +83,45 @@ class Start:
     extents: tuple[int, ...]
 
 
+PROVIDERS = {
+    "CUDAExecutionProvider": "cuda",
+    "ROCMExecutionProvider": "hip",
+    "MIGraphXExecutionProvider": "hip",
+}
+"""onnxruntime's for GPUs, and whose driver each runs on."""
+
+
 class Stub:
-    """The driver and the provider, in this process."""
+    """The drivers and the provider, in this process."""
 
     def __init__(self, folder: Path) -> None:
-        self._driver = _compiled("stub_driver.c", folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
+        self._drivers = {
+            "cuda": _driver(folder / "libcuda.so.1"),
+            "hip": _driver(folder / "libamdhip64.so.6", "-DHIP"),
+        }
         self.provider_path = folder / "provider.so"
-        self._provider = _compiled("cuda_provider.c", self.provider_path, f"-I{link._runtime()}", "-ldl")
+        self._provider = _compiled("gpu_provider.c", self.provider_path, f"-I{link._runtime()}", "-ldl")
+        self.use("CUDAExecutionProvider")
+
+    def use(self, provider: str) -> None:
+        """Stands in for that provider, on its driver, which works, has no devices and has counted nothing."""
+        for each in self._drivers.values():
+            self._driver = each
+            self.have()
+            self.fail(None)
+            self.call(None)
+            self.counts()
+        self._driver = self._drivers[PROVIDERS[provider]]
+        (ctypes.c_char * 64).in_dll(self._provider, "provider").value = provider.encode()
         size = ctypes.sizeof(ctypes.c_int) * 2  # of a context, which is the device's stream too
         first = ctypes.addressof(ctypes.c_char.in_dll(self._driver, "contexts"))
         streams = (ctypes.c_void_p * 4).in_dll(self._provider, "streams")
         streams[:] = [first + size * device for device in range(4)]
 
-    def have(self, *capabilities: int) -> None:
+    def have(self, *architectures: int) -> None:
         """The devices of the machine."""
-        (ctypes.c_int * 4).in_dll(self._driver, "capabilities")[: len(capabilities)] = capabilities
-        self._set(self._driver, "device_count", len(capabilities))
+        (ctypes.c_int * 4).in_dll(self._driver, "architectures")[: len(architectures)] = architectures
+        self._set(self._driver, "device_count", len(architectures))
 
     def fail(self, function: str | None, failure: int = 0) -> None:
         """From now on that function of the driver fails; none does for None."""
@@ -121,7 +144,10 @@ class Stub:
         found: dict[str, int] = {}
         for library, names in (
             (self._driver, ("loads", "unloads", "retained", "released", "launches")),
-            (self._provider, ("cpu_ops", "cuda_ops", "blocks_given", "blocks_back", "blocks_spoilt")),
+            (
+                self._provider,
+                ("cpu_ops", "gpu_ops", "other_ops", "blocks_given", "blocks_back", "blocks_spoilt"),
+            ),
         ):
             for name in names:
                 found[name] = ctypes.c_int.in_dll(library, name).value
@@ -129,14 +155,14 @@ class Stub:
         return found
 
     def memory_types(self) -> list[str]:
-        """For each op for CUDA that was registered since the last time, where its inputs lie."""
+        """For each op for the provider that was registered since the last time, where its inputs lie."""
         buffer = (ctypes.c_char * 4096).in_dll(self._provider, "memory_types")
         text = buffer.value.decode()
         ctypes.memset(buffer, 0, 4096)
         return text.split()
 
     def session(self, model: Path, library: Path, *, with_cpu: bool = False) -> ort.InferenceSession:
-        """The model with nothing but the library's ops for CUDA, and with those for the CPU where asked."""
+        """The model with nothing but the library's ops for the provider, or with those for the CPU too."""
         ctypes.memset((ctypes.c_char * 1024).in_dll(self._provider, "library"), 0, 1024)
         (ctypes.c_char * 1024).in_dll(self._provider, "library").value = os.fsencode(library)
         self._set(self._provider, "registers_cpu_ops", int(with_cpu))
@@ -146,6 +172,10 @@ class Stub:
 
     def _set(self, library: ctypes.CDLL, name: str, value: int) -> None:
         ctypes.c_int.in_dll(library, name).value = value
+
+
+def _driver(path: Path, *flags: str) -> ctypes.CDLL:
+    return _compiled("stub_driver.c", path, f"-Wl,-soname,{path.name}", *flags)
 
 
 def _compiled(source: str, output: Path, *flags: str) -> ctypes.CDLL:
@@ -172,7 +202,7 @@ class Pretended:
 
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
-        self.shared: dict[str, int] = {}
+        self.binaries: dict[str, Binary] = {}
         self._modules: dict[str, ModuleType] = {}
         self._number = count()
 
@@ -183,12 +213,14 @@ class Pretended:
         for job in jobs:
             number = next(self._number)
             name = f"job {number}"
-            self.jobs[name], self.shared[name] = job, SHARED + 64 * number
             path = cache / f"pretended{number}"
             path.write_text(name)
-            path.with_suffix(".ptx").write_text(name)
+            if target.backend == "cuda":
+                path.with_suffix(".ptx").write_text(name)
             threads, rows = job.launch.warps * target.warp, job.launch.rows
-            found.append(Binary(path, threads, rows, 32, 0, self.shared[name]))
+            self.jobs[name] = job
+            self.binaries[name] = Binary(path, threads, rows, 32, 0, SHARED + 64 * number)
+            found.append(self.binaries[name])
         return found
 
     def run(self, launched: Launched) -> Start:
@@ -218,8 +250,8 @@ class Pretended:
             kernel = getattr(self._modules[job.text], launched.name.decode())
             kernel[launched.grid[0],](*tensors, *numbers, **constants)
         assert tuple(launched.grid)[1:] == (1, 1)
-        assert tuple(launched.block) == (32 * launch.warps, 1, 1)
-        assert launched.shared_bytes == self.shared[name]
+        assert tuple(launched.block) == (self.binaries[name].threads, 1, 1)
+        assert launched.shared_bytes == self.binaries[name].shared_bytes
         if launch.kernel == WRITER.launch.kernel:
             numbers = ()  # addresses are others in each run
         return Start(launched.name.decode(), job.text, launched.grid[0], numbers)
@@ -308,19 +340,21 @@ def _begin(folder: Path) -> None:
 
 
 def _with_stub(function: Callable[..., T], arguments: Sequence[object]) -> T:
-    _stub.fail(None)
-    _stub.call(None)
-    _stub.use_device(0)
     gc.collect()
-    _stub.counts()
+    _stub.use("CUDAExecutionProvider")
+    _stub.use_device(0)
     _stub.memory_types()
     return function(_stub, *arguments)
 
 
 def fused(
-    model: onnx.ModelProto, folder: Path, feeds: Mapping[str, Array], pretended: Pretended | None = None
+    model: onnx.ModelProto,
+    folder: Path,
+    feeds: Mapping[str, Array],
+    pretended: Pretended | None = None,
+    gpu: str = "cuda:80",
 ) -> tuple[Path, Path, Counter[Start]]:
-    """The fused model without functions and its library for CUDA, and what one run is to launch."""
+    """The fused model without functions and its library for a GPU, and what one run is to launch."""
     seen: list[Swap] = []
     write = Trial.write
 
@@ -332,7 +366,7 @@ def fused(
     onnx.save(model, folder / "net.onnx")
     options = Options(
         shapes=tuple(InputShape(name, array.shape) for name, array in feeds.items() if array.shape),
-        target="cpu,cuda:80",
+        target=f"cpu,{gpu}",
         measure=False,
         strict=True,
         fuse_all=True,
@@ -366,8 +400,22 @@ def patched(owner: object, name: str, value: object) -> Iterator[None]:
     setattr(owner, name, old)
 
 
+def run_on_hip(
+    stub: Stub, model: onnx.ModelProto, feeds: Mapping[str, Array], folder: Path, provider: str
+) -> Ran:
+    """As `run`, on a provider of AMD's GPUs."""
+    stub.use(provider)
+    stub.have(0x942)
+    return _run(stub, model, feeds, folder, "hip:gfx942")
+
+
 def run(stub: Stub, model: onnx.ModelProto, feeds: Mapping[str, Array], folder: Path) -> Ran:
     """Fuses the model and runs it, every kernel of it on the first device."""
+    stub.have(80)
+    return _run(stub, model, feeds, folder, "cuda:80")
+
+
+def _run(stub: Stub, model: onnx.ModelProto, feeds: Mapping[str, Array], folder: Path, gpu: str) -> Ran:
     pretended, launched, problems = Pretended(), Counter[Start](), list[BaseException]()
 
     def on_launch(what: Launched) -> int:
@@ -378,8 +426,7 @@ def run(stub: Stub, model: onnx.ModelProto, feeds: Mapping[str, Array], folder: 
             return 1
         return 0
 
-    path, library, due = fused(model, folder, feeds, pretended)
-    stub.have(80)
+    path, library, due = fused(model, folder, feeds, pretended, gpu)
     stub.call(on_launch)
     session = stub.session(path, library)
     try:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from apollo_fuse import Options, fuse
 from apollo_fuse.codegen.launches import GpuCode, GpuForm, gpu_table
@@ -24,7 +25,7 @@ from apollo_fuse.report import Report
 from apollo_fuse.runtime import session
 from models import BUILDERS, chains, memory_bound
 from tests.fusing import reference_session
-from tests.stub import Launched, Process, Ran, Stub, fused, run
+from tests.stub import Launched, Process, Ran, Stub, fused, run, run_on_hip
 from tests.test_models import small, small_feeds
 from tests.test_triton_compile import jobs
 
@@ -40,13 +41,16 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 def check(process: Process, model: onnx.ModelProto, feeds: Mapping[str, Array], folder: Path) -> Ran:
     """What is launched is what emit says, it computes what onnxruntime does, and nothing is left behind."""
-    ran = process(run, model, feeds, folder)
+    return checked(process(run, model, feeds, folder))
+
+
+def checked(ran: Ran) -> Ran:
     assert ran.launched == ran.expected and ran.launched
     for right, found in ran.outputs:
         assert right.dtype == found.dtype
         np.testing.assert_allclose(found, right, rtol=2e-4, atol=1e-4)
     counts = ran.counts
-    assert counts["cuda_ops"] == counts["cpu_ops"] == len(ran.memory_types)
+    assert counts["gpu_ops"] == counts["cpu_ops"] == len(ran.memory_types)
     assert counts["loads"] == counts["unloads"] > 0 and counts["retained"] == counts["released"]
     assert counts["blocks_given"] == counts["blocks_back"] and not counts["blocks_spoilt"]
     return ran
@@ -58,6 +62,16 @@ def test_the_kernels_of_a_builder_are_launched_as_emitted(
 ) -> None:
     model = small(name)
     check(process, model, small_feeds(name, model), tmp_path)
+
+
+@pytest.mark.parametrize("provider", ["ROCMExecutionProvider", "MIGraphXExecutionProvider"])
+@pytest.mark.parametrize("name", ["adam", "bert_layer"])
+def test_the_kernels_of_a_builder_are_launched_through_hip(
+    name: str, provider: str, process: Process, tmp_path: Path
+) -> None:
+    model = small(name)
+    ran = checked(process(run_on_hip, model, small_feeds(name, model), tmp_path, provider))
+    assert ran.counts["retained"] == 0 and ran.counts["other_ops"] == ran.counts["gpu_ops"]
 
 
 @pytest.mark.parametrize("rows", [3, 3000])
@@ -125,7 +139,9 @@ def test_a_node_with_an_input_on_host_and_device_has_no_form() -> None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Report:
     folder = tmp_path_factory.mktemp("compiled")
     onnx.save(memory_bound.softmax("rows", 64), folder / "net.onnx")
-    options = Options(target="cpu,cuda:90,cuda:80", measure=False, fuse_all=True, cache_dir=folder / "cache")
+    options = Options(
+        target="cpu,cuda:90,hip:gfx942,cuda:80", measure=False, fuse_all=True, cache_dir=folder / "cache"
+    )
     report = fuse(folder / "net.onnx", options=options)
     assert report.library is not None
     return report
@@ -143,8 +159,10 @@ def feeds() -> dict[str, Array]:
     return {"x": np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)}
 
 
-def what_is_loaded(stub: Stub, model: Path, library: Path, capability: int) -> list[bytes]:
-    """How the modules begin that are launched on a device of that capability."""
+def what_is_loaded(
+    stub: Stub, model: Path, library: Path, architecture: int, provider: str = "CUDAExecutionProvider"
+) -> list[bytes]:
+    """How the modules begin that are launched on a device of that architecture."""
     found: list[bytes] = []
 
     def note(launched: Launched) -> int:
@@ -152,7 +170,8 @@ def what_is_loaded(stub: Stub, model: Path, library: Path, capability: int) -> l
         found.append(start[:4] if start[:4] == b"\x7fELF" else start[: start.index(b".address_size")])
         return 0
 
-    stub.have(capability)
+    stub.use(provider)
+    stub.have(architecture)
     stub.call(note)
     stub.session(model, library).run(None, feeds())
     return found
@@ -169,6 +188,15 @@ def test_the_device_decides_which_module_is_loaded(
     assert [word is not None and word in start for start in found] == [True] * (word is not None)
 
 
+@pytest.mark.parametrize(("architecture", "launches"), [(0x942, 1), (0x90A, 0), (0x950, 0)])
+def test_an_amd_device_runs_code_for_its_own_architecture(
+    architecture: int, launches: int, compiled: Report, process: Process, tmp_path: Path
+) -> None:
+    paths = copied(compiled, tmp_path)
+    found = process(what_is_loaded, *paths, architecture, "ROCMExecutionProvider")
+    assert [start[:4] for start in found] == [b"\x7fELF"] * launches
+
+
 def test_arguments_are_what_the_compiled_kernel_takes(tmp_path: Path) -> None:
     every = jobs(tmp_path)
     for job, binary in zip(every, compile_kernels(every, GpuTarget("cuda", "90"), tmp_path, 2), strict=True):
@@ -181,6 +209,25 @@ def test_arguments_are_what_the_compiled_kernel_takes(tmp_path: Path) -> None:
         assert [kind for kind, _ in kinds] == [".u64"] * (pointers + numbers + 2)
         assert [more == ".ptr" for _, more in kinds] == [True] * pointers + [False] * numbers + [True] * 2
         assert f".reqntid {binary.threads}" in text and "\n.target sm_90\n" in text
+
+
+def test_code_for_amd_takes_the_same_arguments(tmp_path: Path) -> None:
+    every = jobs(tmp_path)
+    for job, binary in zip(
+        every, compile_kernels(every, GpuTarget("hip", "gfx942"), tmp_path, 2), strict=True
+    ):
+        count = len(job.launch.tensors) + len(job.launch.scratch) + len(job.launch.extents) + 2
+        assert argument_bytes(binary.path, job.launch.kernel) == 8 * count
+
+
+def argument_bytes(code: Path, kernel: str) -> int:
+    """What the descriptor of a kernel for AMD's GPUs says: its third word (LLVM's guide to AMDGPU)."""
+    with code.open("rb") as file:
+        elf = ELFFile(file)
+        (symbol,) = elf.get_section_by_name(".symtab").get_symbol_by_name(f"{kernel}.kd")
+        section = elf.get_section(symbol["st_shndx"])
+        start = symbol["st_value"] - section["sh_addr"]
+        return int.from_bytes(section.data()[start + 8 : start + 12], "little")
 
 
 def test_without_a_driver_the_library_runs_on_the_cpu(compiled: Report, tmp_path: Path) -> None:
@@ -209,12 +256,14 @@ def test_an_op_for_both_providers_runs_where_onnxruntime_has_one(
     found, counts = process(with_both, *copied(compiled, tmp_path))
     (right,) = reference_session(onnx.load(compiled.model)).run(None, feeds())
     np.testing.assert_allclose(found, right, rtol=1e-5)
-    assert (counts["cuda_ops"], counts["cpu_ops"], counts["launches"], counts["loads"]) == (1, 1, 0, 0)
+    assert (counts["gpu_ops"], counts["cpu_ops"], counts["launches"], counts["loads"]) == (1, 1, 0, 0)
 
 
 def failing(stub: Stub, model: Path, library: Path, function: str, failure: int) -> str:
     """What is said where that function fails, if anything; all is well again afterwards."""
-    stub.have(80)
+    if function.startswith("hip"):
+        stub.use("ROCMExecutionProvider")
+    stub.have(0x942 if function.startswith("hip") else 80)
     stub.fail(function, failure)
     said = ""
     try:
@@ -236,9 +285,13 @@ def failing(stub: Stub, model: Path, library: Path, function: str, failure: int)
         ("cuModuleLoadData", 209, "CUDA_ERROR_NO_BINARY_FOR_GPU"),
         ("cuModuleGetFunction", 500, "CUDA_ERROR_NOT_FOUND"),
         ("cuDevicePrimaryCtxRetain", 2, "CUDA_ERROR_OUT_OF_MEMORY"),
-        ("cuCtxPushCurrent", 201, "CUDA_ERROR_INVALID_CONTEXT"),
+        ("cuCtxPushCurrent_v2", 201, "CUDA_ERROR_INVALID_CONTEXT"),
         ("cuLaunchKernel", 700, "CUDA_ERROR_ILLEGAL_ADDRESS"),
         ("cuLaunchKernel", 12345, "an unknown error"),
+        ("hipModuleLoadData", 209, "hipErrorNoBinaryForGpu"),
+        ("hipModuleGetFunction", 500, "hipErrorNotFound"),
+        ("hipSetDevice", 101, "hipErrorInvalidDevice"),
+        ("hipModuleLaunchKernel", 700, "hipErrorIllegalAddress"),
     ],
 )
 def test_an_error_of_the_driver_is_one_of_onnxruntime(
@@ -248,20 +301,24 @@ def test_an_error_of_the_driver_is_one_of_onnxruntime(
     assert re.search(rf"_\w{{12}}: {function} ended with {name}, expected success", said)
 
 
+@pytest.mark.parametrize("function", ["cuInit", "hipInit"])
 def test_a_driver_that_does_not_start_leaves_the_functions(
-    compiled: Report, process: Process, tmp_path: Path
+    function: str, compiled: Report, process: Process, tmp_path: Path
 ) -> None:
-    assert process(failing, *copied(compiled, tmp_path), "cuInit", 100) == ""
+    assert process(failing, *copied(compiled, tmp_path), function, 100) == ""
 
 
-def on_two_devices(stub: Stub, model: Path, library: Path) -> tuple[set[int], dict[str, int]]:
+def on_two_devices(
+    stub: Stub, model: Path, library: Path, provider: str, first: int, second: int
+) -> tuple[set[int], dict[str, int]]:
     devices: set[int] = set()
 
     def note(launched: Launched) -> int:
         devices.add(launched.device)
         return 0
 
-    stub.have(80, 90)
+    stub.use(provider)
+    stub.have(first, second)
     stub.call(note)
 
     def work(number: int) -> None:
@@ -278,10 +335,14 @@ def on_two_devices(stub: Stub, model: Path, library: Path) -> tuple[set[int], di
     return devices, stub.counts()
 
 
+@pytest.mark.parametrize(
+    ("provider", "first", "second"),
+    [("CUDAExecutionProvider", 80, 90), ("ROCMExecutionProvider", 0x942, 0x942)],
+)
 def test_sessions_threads_and_devices_share_modules(
-    compiled: Report, process: Process, tmp_path: Path
+    provider: str, first: int, second: int, compiled: Report, process: Process, tmp_path: Path
 ) -> None:
-    devices, counts = process(on_two_devices, *copied(compiled, tmp_path))
+    devices, counts = process(on_two_devices, *copied(compiled, tmp_path), provider, first, second)
     assert devices == {0, 1} and counts["launches"] == 8 * 3 * 10
     assert 2 <= counts["loads"] == counts["unloads"] and counts["retained"] == counts["released"]
 
@@ -301,8 +362,11 @@ def test_two_sessions_on_a_device_load_a_module_once(
     assert (counts["loads"], counts["launches"], counts["unloads"]) == (1, 2, 0)
 
 
-def on_a_device_that_fits_nothing(stub: Stub, model: Path, library: Path) -> str:
-    stub.have(75, 80)
+def on_a_device_that_fits_nothing(
+    stub: Stub, model: Path, library: Path, provider: str, *devices: int
+) -> str:
+    stub.use(provider)
+    stub.have(*devices)
     try:
         stub.session(model, library)
     except Exception as error:
@@ -310,8 +374,15 @@ def on_a_device_that_fits_nothing(stub: Stub, model: Path, library: Path) -> str
     return ""
 
 
+@pytest.mark.parametrize(
+    ("provider", "devices", "what"),
+    [
+        ("CUDAExecutionProvider", (75, 80), "compute capability 7.5"),
+        ("MIGraphXExecutionProvider", (0x90A, 0x942), "architecture gfx90a"),
+    ],
+)
 def test_a_session_on_a_device_that_fits_nothing_says_so(
-    compiled: Report, process: Process, tmp_path: Path
+    provider: str, devices: tuple[int, ...], what: str, compiled: Report, process: Process, tmp_path: Path
 ) -> None:
-    said = process(on_a_device_that_fits_nothing, *copied(compiled, tmp_path))
-    assert "its kernels fit no device of compute capability 7.5; name one like it in --target" in said
+    said = process(on_a_device_that_fits_nothing, *copied(compiled, tmp_path), provider, *devices)
+    assert f"its kernels fit no device of {what}; name one like it in --target" in said

@@ -7,136 +7,25 @@
 #define CHECKS_INDICES 0 /* they lie on the device */
 #include "tensors.h"
 
-#include "driver.h"
+#include "modules.h"
 
-#include <pthread.h>
 #include <stdlib.h>
 
-#define SHARED_BYTES_UNASKED (48 << 10) /* more dynamic shared memory is for functions that ask for it */
+/* ---------------------------------------------------------------------------------------- the devices */
 
-/* ---------------------------------------------------------------------------------------- the modules */
-
-/* A kernel in the primary context of a device, which onnxruntime's is too. */
-typedef struct loaded_kernel {
-  struct loaded_kernel *next;
-  const af_binary *binaries, *binary; /* those that there are, and the one that was taken */
-  CUdevice device;
-  CUcontext context;
-  CUmodule module;
-  CUfunction function;
-  int32_t users;
-} loaded_kernel;
-
-static const driver *cuda; /* started before there are ops for it */
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static loaded_kernel *loaded_kernels;
-
-static OrtStatus *refused(const custom_op *self, const char *function, CUresult result) {
-  return failure(self->owner->api, ORT_FAIL,
-                 "%s: %s ended with %s, expected success; run the model without its library, or on the CPU.",
-                 self->node->name, function, error_name(cuda, result));
-}
-
-#define RETURN_IF_REFUSED(self, function, ...)                  \
-  do {                                                          \
-    CUresult result_ = cuda->function(__VA_ARGS__);             \
-    if (result_) return refused(self, "cu" #function, result_); \
-  } while (0)
-
-/* Code runs on devices of the same major number and the same or a higher minor one. */
-static const af_binary *fitting_binary(const af_binary *binaries, int32_t capability) {
-  for (const af_binary *found = binaries; found->image; found++)
-    if (found->capability <= capability && (found->is_ptx || found->capability / 10 == capability / 10))
-      return found;
-  return NULL;
-}
-
-static bool fits(const af_node *node, const af_gpu_node *gpu, int32_t capability) {
+static bool fits(const af_node *node, const af_gpu_node *gpu, const driver *driver, int32_t architecture) {
   for (int32_t p = 0; p < node->op_count; p++)
     for (int32_t k = 0; k < node->ops[p]->kernel_count; k++)
-      if (!fitting_binary(gpu->ops[p]->launches[k].binaries, capability)) return false;
+      if (!fitting_binary(driver, gpu->ops[p]->launches[k].binaries, architecture)) return false;
   return true;
 }
 
-bool start_gpus(void) {
-  if (!cuda) cuda = start_driver();
-  return cuda;
-}
-
-bool runs_on_gpu(const af_node *node, const af_gpu_node *gpu) {
+bool runs_on_gpu(const af_node *node, const af_gpu_node *gpu, const driver *driver) {
   int devices;
-  if (!gpu->ops || cuda->DeviceGetCount(&devices)) return false;
+  if (!gpu->ops || driver->GetDeviceCount(&devices)) return false;
   for (int device = 0; device < devices; device++)
-    if (fits(node, gpu, capability_of(cuda, device))) return true;
+    if (fits(node, gpu, driver, architecture_of(driver, device))) return true;
   return false;
-}
-
-/* Loads the kernel, whose context is current. */
-static OrtStatus *load_module(const custom_op *self, const char *name, loaded_kernel *made) {
-  const int32_t capability = capability_of(cuda, made->device);
-  made->binary = fitting_binary(made->binaries, capability);
-  if (!made->binary)
-    return failure(self->owner->api, ORT_FAIL,
-                   "%s: its kernels fit no device of compute capability %d.%d; name one like it in --target.",
-                   self->node->name, (int)capability / 10, (int)capability % 10);
-  RETURN_IF_REFUSED(self, ModuleLoadData, &made->module, made->binary->image);
-  RETURN_IF_REFUSED(self, ModuleGetFunction, &made->function, made->module, name);
-  if (made->binary->shared_bytes > SHARED_BYTES_UNASKED)
-    RETURN_IF_REFUSED(self, FuncSetAttribute, made->function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                      made->binary->shared_bytes);
-  return NULL;
-}
-
-/* What was loaded when it fails is left for `unload`. */
-static OrtStatus *load(const custom_op *self, const char *name, loaded_kernel *made) {
-  RETURN_IF_REFUSED(self, DevicePrimaryCtxRetain, &made->context, made->device);
-  RETURN_IF_REFUSED(self, CtxPushCurrent, made->context);
-  OrtStatus *status = load_module(self, name, made);
-  CUcontext same;
-  cuda->CtxPopCurrent(&same);
-  return status;
-}
-
-static void unload(loaded_kernel *self) {
-  CUcontext same;
-  if (self->module && cuda->CtxPushCurrent(self->context) == 0) {
-    cuda->ModuleUnload(self->module);
-    cuda->CtxPopCurrent(&same);
-  }
-  if (self->context) cuda->DevicePrimaryCtxRelease(self->device);
-  free(self);
-}
-
-/* The kernel on the device, loaded by whoever needs it first. */
-static OrtStatus *acquire(const custom_op *self, const char *name, const af_binary *binaries, CUdevice device,
-                          loaded_kernel **out) {
-  for (loaded_kernel *known = loaded_kernels; known; known = known->next)
-    if (known->binaries == binaries && known->device == device) {
-      known->users++;
-      *out = known;
-      return NULL;
-    }
-  loaded_kernel *made = calloc(1, sizeof *made);
-  if (!made) return failure(self->owner->api, ORT_FAIL, "%s: no memory; free some.", self->node->name);
-  made->binaries = binaries;
-  made->device = device;
-  OrtStatus *status = load(self, name, made);
-  if (status) {
-    unload(made);
-    return status;
-  }
-  made->users = 1;
-  made->next = loaded_kernels;
-  *out = loaded_kernels = made;
-  return NULL;
-}
-
-static void let_go(loaded_kernel *self) {
-  if (--self->users) return;
-  loaded_kernel **place = &loaded_kernels;
-  while (*place != self) place = &(*place)->next;
-  *place = self->next;
-  unload(self);
 }
 
 /* ---------------------------------------------------------------------------------------- the kernels */
@@ -162,17 +51,15 @@ static int32_t run_end(const custom_op *self, int32_t first) {
 static void destroy_kernel(void *kernel) {
   gpu_kernel *self = kernel;
   const int32_t places = self->op->node->op_count * self->op->stage_count;
-  pthread_mutex_lock(&lock);
   for (int32_t i = 0; i < places; i++)
-    if (self->kernels[i]) let_go(self->kernels[i]);
-  if (self->writer) let_go(self->writer);
-  pthread_mutex_unlock(&lock);
+    if (self->kernels[i]) let_go(self->op, self->kernels[i]);
+  if (self->writer) let_go(self->op, self->writer);
   if (self->allocator) self->op->owner->api->ReleaseAllocator(self->allocator);
   free(self);
 }
 
 /* The kernels of a run stand at the places of its first op. */
-static OrtStatus *acquire_kernels(gpu_kernel *self, CUdevice device) {
+static OrtStatus *acquire_kernels(gpu_kernel *self, int device) {
   const custom_op *op = self->op;
   if (op->gpu->shares) RETURN_IF_FAILED(acquire(op, "write", af_writer, device, &self->writer));
   for (int32_t first = 0, end; first < op->node->op_count; first = end) {
@@ -192,10 +79,7 @@ static OrtStatus *open_kernel(gpu_kernel *self, const OrtKernelInfo *info) {
   RETURN_IF_FAILED(api->KernelInfoGetAllocator(info, OrtMemTypeDefault, &self->allocator));
   RETURN_IF_FAILED(api->AllocatorGetInfo(self->allocator, &self->memory));
   RETURN_IF_FAILED(api->MemoryInfoGetId(self->memory, &device));
-  pthread_mutex_lock(&lock);
-  OrtStatus *status = acquire_kernels(self, device);
-  pthread_mutex_unlock(&lock);
-  return status;
+  return acquire_kernels(self, device);
 }
 
 static OrtStatus *create_kernel(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info,
@@ -222,7 +106,7 @@ typedef struct call {
   const part *parts;
   char *scratch;
   char *table; /* of members, where the next values go or the next launch finds its own */
-  CUstream stream;
+  void *stream;
 } call;
 
 /* Kernels that are one launch, or one that is alone: the kernel number `k` of the ops [first, end). */
@@ -230,8 +114,8 @@ typedef struct run {
   int32_t first, end, k;
 } run;
 
-/* Goes to the next run, of the first kernels of all ops and then of the second ones, as on the CPU; false behind the
- * last.  The one before the first is all zeros. */
+/* Goes to the next run, of the first kernels of all ops and then of the second ones, as on the CPU; false behind
+ * the last.  The one before the first is all zeros. */
 static bool next_run(const custom_op *self, run *run) {
   do {
     run->first = run->end;
@@ -244,7 +128,9 @@ static bool next_run(const custom_op *self, run *run) {
   return true;
 }
 
-static const af_launch *launch_of(const custom_op *self, run run) { return &self->gpu->ops[run.first]->launches[run.k]; }
+static const af_launch *launch_of(const custom_op *self, run run) {
+  return &self->gpu->ops[run.first]->launches[run.k];
+}
 
 static int32_t width_of(const af_launch *launch) {
   return launch->tensor_count + launch->scratch_count + launch->extent_count;
@@ -292,10 +178,9 @@ static OrtStatus *start(const call *self, const loaded_kernel *kernel, int64_t p
                    "%s: a kernel needs %lld programs, expected fewer than 2^31; give it smaller tensors.",
                    self->op->node->name, (long long)programs);
   arguments[count] = arguments[count + 1] = &of_triton;
-  RETURN_IF_REFUSED(self->op, LaunchKernel, kernel->function, (unsigned)programs, 1, 1,
-                    (unsigned)kernel->binary->threads, 1, 1, (unsigned)kernel->binary->shared_bytes, self->stream,
-                    arguments, NULL);
-  return NULL;
+  const refusal refusal =
+      launch_code(self->op->driver, code_of(kernel), (unsigned)programs, self->stream, arguments);
+  return refusal.function ? refused(self->op, refusal) : NULL;
 }
 
 /* The arguments of a kernel of the part, with its scratch from `scratch` on; gives the scratch behind it. */
@@ -447,14 +332,16 @@ static OrtStatus *compute_on_gpu(void *kernel, OrtKernelContext *context) {
 
 /* ---------------------------------------------------------------------------------------- the custom op */
 
-static const char *get_provider(const OrtCustomOp *base) { return (void)base, "CUDAExecutionProvider"; }
+static const char *get_provider(const OrtCustomOp *base) { return ((const custom_op *)base)->provider; }
 
 static OrtMemType get_memory_type(const OrtCustomOp *base, size_t index) {
   return ((const custom_op *)base)->gpu->on_host[index] ? OrtMemTypeCPUInput : OrtMemTypeDefault;
 }
 
-void move_to_gpu(custom_op *self, const af_gpu_node *gpu) {
+void move_to_gpu(custom_op *self, const af_gpu_node *gpu, const driver *driver, const char *provider) {
   self->gpu = gpu;
+  self->driver = driver;
+  self->provider = provider;
   self->base.GetExecutionProviderType = get_provider;
   self->base.GetInputMemoryType = get_memory_type;
   self->base.CreateKernelV2 = create_kernel;

@@ -8,10 +8,15 @@
 
 #include "kernel.h"
 
-/* A kernel as a module for one architecture. */
+#include <stdbool.h>
+
+/* Code for NVIDIA's GPUs, text that newer drivers compile for newer ones, and code for AMD's. */
+enum { AF_CUBIN, AF_PTX, AF_HSACO };
+
+/* A kernel as a module for one architecture: of CUDA a compute capability, 10 times the major number and the minor;
+ * of HIP the digits behind gfx, which are hexadecimal. */
 typedef struct af_binary {
-  int32_t capability; /* compute capability that it was compiled for, 10 times the major number and the minor */
-  int32_t is_ptx;     /* text, which newer drivers compile for newer devices */
+  int32_t form, architecture;
   int32_t threads, shared_bytes; /* of a block */
   const void *image;             /* NULL ends a list */
 } af_binary;
@@ -20,8 +25,8 @@ typedef struct af_binary {
  * that have room for each program, then `extents` as 64-bit integers, and two pointers that Triton adds for itself
  * and that no kernel of ours reads.
  *
- * In its stitched form it is for up to AF_MEMBERS ops of a kind in one launch.  Its arguments are the address of a
- * table and the number of members.  The table holds the first program of each member, then, member by member, the
+ * In its stitched form it is for up to AF_MEMBERS equal ops in one launch.  Its arguments are the address of a table
+ * and the number of members.  The table holds the first program of each member, then, member by member, the
  * arguments that it has alone, all of 64 bits. */
 #define AF_MEMBERS 256
 typedef struct af_launch {

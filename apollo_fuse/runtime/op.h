@@ -26,7 +26,9 @@ typedef struct custom_op {
   int32_t stage_count; /* most kernels of one op */
   int32_t input_dimensions, output_dimensions;
 #ifdef AF_GPU
-  const struct af_gpu_node *gpu; /* of an op for GPUs */
+  const struct af_gpu_node *gpu; /* of an op for GPUs, with its provider and that one's driver */
+  const struct driver *driver;
+  const char *provider;
 #endif
 } custom_op;
 

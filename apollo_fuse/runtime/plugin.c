@@ -1,10 +1,10 @@
 /* Registers the library's nodes (kernel.h) with onnxruntime, on its CPU provider and, where the library holds
- * kernels for the GPU at hand, on its CUDA provider. */
+ * kernels for the GPU at hand, on that GPU's providers. */
 #include "op.h"
 
 #ifdef AF_GPU
 #include "gpu.h"
-#define OPS_OF_A_NODE 2
+#define OPS_OF_A_NODE 4 /* one for the CPU, and one for each of gpu_providers */
 #else
 #define OPS_OF_A_NODE 1
 #endif
@@ -273,15 +273,23 @@ static OrtStatus *fill(registration *self, const af_node *const *nodes, size_t c
 }
 
 #ifdef AF_GPU
-/* Registers the nodes once more, for GPUs, where this machine has one that they were compiled for. */
+static const struct {
+  platform platform;
+  const char *name;
+} gpu_providers[OPS_OF_A_NODE - 1] = {
+    {CUDA, "CUDAExecutionProvider"}, {HIP, "ROCMExecutionProvider"}, {HIP, "MIGraphXExecutionProvider"}};
+
+/* Registers the nodes once more for each provider of GPUs whose driver has one that they were compiled for. */
 static OrtStatus *add_gpu_ops(registration *self, const af_node *const *nodes, size_t count) {
-  if (!start_gpus()) return NULL;
-  for (size_t i = 0; i < count; i++) {
-    if (!runs_on_gpu(nodes[i], &af_gpu_nodes[i])) continue;
-    custom_op *op = &self->ops[count + i];
-    *op = self->ops[i];
-    move_to_gpu(op, &af_gpu_nodes[i]);
-    RETURN_IF_FAILED(self->api->CustomOpDomain_Add(self->domain, &op->base));
+  custom_op *op = &self->ops[count];
+  for (size_t p = 0; p < OPS_OF_A_NODE - 1; p++) {
+    const driver *driver = start_driver(gpu_providers[p].platform);
+    for (size_t i = 0; driver && i < count; i++) {
+      if (!runs_on_gpu(nodes[i], &af_gpu_nodes[i], driver)) continue;
+      *op = self->ops[i];
+      move_to_gpu(op, &af_gpu_nodes[i], driver, gpu_providers[p].name);
+      RETURN_IF_FAILED(self->api->CustomOpDomain_Add(self->domain, &op++->base));
+    }
   }
   return NULL;
 }

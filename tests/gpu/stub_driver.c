@@ -1,13 +1,22 @@
-/* Stands in for NVIDIA's driver, libcuda.so.1: keeps books on devices, contexts and modules, and hands each launch
- * to the test, which may run it. */
+/* Stands in for NVIDIA's driver, libcuda.so.1, or where HIP is defined for AMD's, libamdhip64.so.6: keeps books on
+ * devices, contexts and modules, and hands each launch to the test, which may run it. */
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef HIP
+#define FUNCTION(of_cuda, of_hip) of_hip
+#define ERROR(of_cuda, of_hip) "hipError" #of_hip
+#else
+#define FUNCTION(of_cuda, of_hip) of_cuda
+#define ERROR(of_cuda, of_hip) "CUDA_ERROR_" #of_cuda
+#endif
 
 #define DEVICES 4
 #define DEPTH 8
 
-enum { INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum { INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_DEVICE, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
 
 typedef struct context { int device, retained; } context;
 typedef struct module { context *owner; const void *image; } module;
@@ -22,7 +31,7 @@ typedef struct launched {
 } launched;
 
 /* What the test sets. */
-int capabilities[DEVICES], device_count;
+int architectures[DEVICES], device_count;
 const char *failing; /* a function that fails with `failure` */
 int failure;
 int (*on_launch)(const launched *);
@@ -31,12 +40,10 @@ int loads, unloads, retained, released, launches;
 /* A stream of each device, as onnxruntime would have made it. */
 context contexts[DEVICES];
 
-static _Thread_local context *current[DEPTH];
-static _Thread_local int depth;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-#define FAIL_IF_TOLD(name) \
-  if (failing && !strcmp(failing, name)) return failure
+#define FAIL_IF_TOLD() \
+  if (failing && !strcmp(failing, __func__)) return failure
 
 static void count(int *what) {
   pthread_mutex_lock(&lock);
@@ -44,32 +51,61 @@ static void count(int *what) {
   pthread_mutex_unlock(&lock);
 }
 
-int cuInit(unsigned flags) {
-  FAIL_IF_TOLD("cuInit");
+int FUNCTION(cuInit, hipInit)(unsigned flags) {
+  FAIL_IF_TOLD();
   return flags ? INVALID_VALUE : device_count ? 0 : NO_DEVICE;
 }
 
-int cuGetErrorName(int error, const char **name) {
+int FUNCTION(cuGetErrorName, hipDrvGetErrorName)(int error, const char **name) {
   static const struct { int error; const char *name; } names[] = {
-      {1, "CUDA_ERROR_INVALID_VALUE"},  {100, "CUDA_ERROR_NO_DEVICE"},          {201, "CUDA_ERROR_INVALID_CONTEXT"},
-      {2, "CUDA_ERROR_OUT_OF_MEMORY"},  {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"},  {400, "CUDA_ERROR_INVALID_HANDLE"},
-      {500, "CUDA_ERROR_NOT_FOUND"},    {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+      {1, ERROR(INVALID_VALUE, InvalidValue)},        {2, ERROR(OUT_OF_MEMORY, OutOfMemory)},
+      {100, ERROR(NO_DEVICE, NoDevice)},              {101, ERROR(INVALID_DEVICE, InvalidDevice)},
+      {201, ERROR(INVALID_CONTEXT, InvalidContext)},  {209, ERROR(NO_BINARY_FOR_GPU, NoBinaryForGpu)},
+      {400, ERROR(INVALID_HANDLE, InvalidHandle)},    {500, ERROR(NOT_FOUND, NotFound)},
+      {700, ERROR(ILLEGAL_ADDRESS, IllegalAddress)},
   };
   for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
     if (names[i].error == error) return *name = names[i].name, 0;
   return INVALID_VALUE;
 }
 
-int cuDeviceGetCount(int *count) { return *count = device_count, 0; }
+int FUNCTION(cuDeviceGetCount, hipGetDeviceCount)(int *count) { return *count = device_count, 0; }
+
+#ifdef HIP
+
+static _Thread_local int device; /* that is current */
+
+int hipGetDevice(int *number) { return *number = device, 0; }
+
+int hipSetDevice(int number) {
+  FAIL_IF_TOLD();
+  if (number < 0 || number >= device_count) return INVALID_DEVICE;
+  contexts[number].device = device = number;
+  return 0;
+}
+
+int hipGetDevicePropertiesR0600(char *properties, int number) {
+  if (number < 0 || number >= device_count) return INVALID_DEVICE;
+  memset(properties, 0xA5, 1472);
+  sprintf(properties + 1160, "gfx%x:sramecc+:xnack-", (unsigned)architectures[number]);
+  return 0;
+}
+
+static context *current(void) { return &contexts[device]; }
+
+#else
+
+static _Thread_local context *stack[DEPTH];
+static _Thread_local int depth;
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   if (device < 0 || device >= device_count || (attribute != 75 && attribute != 76)) return INVALID_VALUE;
-  *value = attribute == 75 ? capabilities[device] / 10 : capabilities[device] % 10;
+  *value = attribute == 75 ? architectures[device] / 10 : architectures[device] % 10;
   return 0;
 }
 
 int cuDevicePrimaryCtxRetain(context **out, int device) {
-  FAIL_IF_TOLD("cuDevicePrimaryCtxRetain");
+  FAIL_IF_TOLD();
   if (device < 0 || device >= device_count) return INVALID_VALUE;
   contexts[device].device = device;
   count(&contexts[device].retained);
@@ -80,46 +116,52 @@ int cuDevicePrimaryCtxRetain(context **out, int device) {
 int cuDevicePrimaryCtxRelease_v2(int device) { return count(&released), --contexts[device].retained < 0; }
 
 int cuCtxPushCurrent_v2(context *pushed) {
-  FAIL_IF_TOLD("cuCtxPushCurrent");
+  FAIL_IF_TOLD();
   if (!pushed->retained || depth == DEPTH) return INVALID_CONTEXT;
-  return current[depth++] = pushed, 0;
+  return stack[depth++] = pushed, 0;
 }
 
-int cuCtxPopCurrent_v2(context **popped) { return depth ? (*popped = current[--depth], 0) : INVALID_CONTEXT; }
+int cuCtxPopCurrent_v2(context **popped) { return depth ? (*popped = stack[--depth], 0) : INVALID_CONTEXT; }
 
-int cuModuleLoadData(module **out, const void *image) {
-  FAIL_IF_TOLD("cuModuleLoadData");
-  if (!depth) return INVALID_CONTEXT;
+static context *current(void) { return depth ? stack[depth - 1] : NULL; }
+
+#endif
+
+int FUNCTION(cuModuleLoadData, hipModuleLoadData)(module **out, const void *image) {
+  FAIL_IF_TOLD();
+  if (!current()) return INVALID_CONTEXT;
   *out = malloc(sizeof **out);
-  **out = (module){current[depth - 1], image};
+  **out = (module){current(), image};
   return count(&loads), 0;
 }
 
-int cuModuleUnload(module *gone) {
-  if (!depth || gone->owner != current[depth - 1]) return INVALID_CONTEXT;
+int FUNCTION(cuModuleUnload, hipModuleUnload)(module *gone) {
+  if (gone->owner != current()) return INVALID_CONTEXT;
   gone->image = NULL;
   return count(&unloads), 0;
 }
 
-int cuModuleGetFunction(function **out, module *module, const char *name) {
-  FAIL_IF_TOLD("cuModuleGetFunction");
+int FUNCTION(cuModuleGetFunction, hipModuleGetFunction)(function **out, module *module, const char *name) {
+  FAIL_IF_TOLD();
   *out = malloc(sizeof **out);
   (*out)->module = module;
-  (*out)->shared_allowed = 48 << 10;
+  (*out)->shared_allowed = FUNCTION(48 << 10, 64 << 10);
   strncpy((*out)->name, name, sizeof (*out)->name);
   return 0;
 }
 
+#ifndef HIP
 int cuFuncSetAttribute(function *function, int attribute, int value) {
-  FAIL_IF_TOLD("cuFuncSetAttribute");
+  FAIL_IF_TOLD();
   if (attribute != 8) return INVALID_VALUE;
   return function->shared_allowed = value, 0;
 }
+#endif
 
-int cuLaunchKernel(function *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                   unsigned block_y, unsigned block_z, unsigned shared_bytes, context *stream, void **arguments,
-                   void **extra) {
-  FAIL_IF_TOLD("cuLaunchKernel");
+int FUNCTION(cuLaunchKernel, hipModuleLaunchKernel)(
+    function *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+    unsigned block_z, unsigned shared_bytes, context *stream, void **arguments, void **extra) {
+  FAIL_IF_TOLD();
   if (!grid_x || !block_x || shared_bytes > (unsigned)function->shared_allowed || extra) return INVALID_VALUE;
   if (!function->module->image || stream != function->module->owner) return INVALID_HANDLE;
   const launched launch = {function->module->image, function->name,

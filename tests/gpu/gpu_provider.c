@@ -1,7 +1,8 @@
-/* Stands between onnxruntime and a library of ours, as if the CPU's memory were that of a CUDA provider.
+/* Stands between onnxruntime and a library of ours, as if the CPU's memory were that of a provider of GPUs.
  *
- * The library's ops for the CUDA provider become ops for the CPU's, and those for the CPU are kept back unless the
- * test wants both.  Streams are those of the stub driver, and scratch is watched for what is written around it. */
+ * The library's ops for that provider become ops for the CPU's, and those for the CPU are kept back unless the test
+ * wants both; those for any other are kept back.  Streams are those of the stub driver, and scratch is watched for
+ * what is written around it. */
 #include "ort_api.h"
 
 #include <dlfcn.h>
@@ -13,12 +14,12 @@
 #define FILL 0xA5
 
 /* What the test sets. */
-char library[1024];
+char library[1024], provider[64];
 int registers_cpu_ops;
 void *streams[4];
 /* What the test reads. */
-int cpu_ops, cuda_ops, blocks_given, blocks_back, blocks_spoilt;
-char memory_types[4096]; /* of the inputs of each op for CUDA: d or h, and a space behind each op */
+int cpu_ops, gpu_ops, other_ops, blocks_given, blocks_back, blocks_spoilt;
+char memory_types[4096]; /* of the inputs of each op for the provider: d or h, and a space behind each op */
 
 typedef struct block {
   struct block *next;
@@ -41,7 +42,8 @@ static OrtStatus *add(OrtCustomOpDomain *domain, const OrtCustomOp *op) {
     cpu_ops++;
     return registers_cpu_ops ? real->CustomOpDomain_Add(domain, op) : NULL;
   }
-  cuda_ops++;
+  if (strcmp(op->GetExecutionProviderType(op), provider)) return other_ops++, NULL;
+  gpu_ops++;
   char *types = memory_types + strlen(memory_types);
   for (size_t i = 0; i < op->GetInputTypeCount(op) && types < memory_types + sizeof memory_types - 2; i++)
     *types++ = op->GetInputMemoryType(op, i) == OrtMemTypeDefault ? 'd' : 'h';
