@@ -143,7 +143,7 @@ class Stub:
         """What was counted since the last time."""
         found: dict[str, int] = {}
         for library, names in (
-            (self._driver, ("loads", "unloads", "retained", "released", "launches")),
+            (self._driver, ("starts", "loads", "unloads", "retained", "released", "launches")),
             (
                 self._provider,
                 ("cpu_ops", "gpu_ops", "other_ops", "blocks_given", "blocks_back", "blocks_spoilt"),
@@ -161,11 +161,17 @@ class Stub:
         ctypes.memset(buffer, 0, 4096)
         return text.split()
 
-    def session(self, model: Path, library: Path, *, with_cpu: bool = False) -> ort.InferenceSession:
-        """The model with nothing but the library's ops for the provider, or with those for the CPU too."""
+    def session(
+        self, model: Path, library: Path, *, with_cpu: bool = False, has_providers: bool = True
+    ) -> ort.InferenceSession:
+        """The model with nothing but the library's ops for the provider, or with those for the CPU too.
+
+        has_providers: whether onnxruntime has any for GPUs.
+        """
         ctypes.memset((ctypes.c_char * 1024).in_dll(self._provider, "library"), 0, 1024)
         (ctypes.c_char * 1024).in_dll(self._provider, "library").value = os.fsencode(library)
         self._set(self._provider, "registers_cpu_ops", int(with_cpu))
+        self._set(self._provider, "has_providers", int(has_providers))
         options = session_options(2)
         options.register_custom_ops_library(str(self.provider_path))
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

@@ -257,6 +257,22 @@ def test_an_op_for_both_providers_runs_where_onnxruntime_has_one(
     (right,) = reference_session(onnx.load(compiled.model)).run(None, feeds())
     np.testing.assert_allclose(found, right, rtol=1e-5)
     assert (counts["gpu_ops"], counts["cpu_ops"], counts["launches"], counts["loads"]) == (1, 1, 0, 0)
+    assert counts["starts"] == 1
+
+
+def without_providers(stub: Stub, model: Path, library: Path) -> tuple[Array, dict[str, int]]:
+    stub.have(80)
+    (found,) = stub.session(model, library, with_cpu=True, has_providers=False).run(None, feeds())
+    return found, stub.counts()
+
+
+def test_no_driver_is_started_for_an_onnxruntime_without_its_provider(
+    compiled: Report, process: Process, tmp_path: Path
+) -> None:
+    found, counts = process(without_providers, *copied(compiled, tmp_path))
+    (right,) = reference_session(onnx.load(compiled.model)).run(None, feeds())
+    np.testing.assert_allclose(found, right, rtol=1e-5)
+    assert (counts["starts"], counts["gpu_ops"], counts["cpu_ops"]) == (0, 0, 1)
 
 
 def failing(stub: Stub, model: Path, library: Path, function: str, failure: int) -> str:

@@ -74,7 +74,11 @@ typedef struct OrtApi {
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo *);
   ORT_GAP(100, 100);
   void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *);
-  ORT_GAP(102, 131);
+  ORT_GAP(102, 124);
+  /* The names of what this copy of onnxruntime was built with. */
+  OrtStatus *(*GetAvailableProviders)(char ***names, int *count);
+  OrtStatus *(*ReleaseAvailableProviders)(char **names, int count);
+  ORT_GAP(127, 131);
   void (*ReleaseAllocator)(OrtAllocator *);
   ORT_GAP(133, 192);
   OrtStatus *(*KernelContext_GetGPUComputeStream)(const OrtKernelContext *, void **stream);
@@ -105,6 +109,7 @@ _Static_assert(offsetof(OrtApi, GetTensorMutableData) == 51 * sizeof(void *), "o
 _Static_assert(offsetof(OrtApi, MemoryInfoGetId) == 72 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, AllocatorGetInfo) == 77 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, KernelContext_GetOutput) == 91 * sizeof(void *), "ordinal");
+_Static_assert(offsetof(OrtApi, GetAvailableProviders) == 125 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, ReleaseAllocator) == 132 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, KernelContext_GetGPUComputeStream) == 193 * sizeof(void *), "ordinal");
 _Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "ordinal");

@@ -13,6 +13,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -279,10 +280,26 @@ static const struct {
 } gpu_providers[OPS_OF_A_NODE - 1] = {
     {CUDA, "CUDAExecutionProvider"}, {HIP, "ROCMExecutionProvider"}, {HIP, "MIGraphXExecutionProvider"}};
 
-/* Registers the nodes once more for each provider of GPUs whose driver has one that they were compiled for. */
+static bool has_provider(const OrtApi *api, const char *name) {
+  char **names;
+  int count;
+  bool found = false;
+  OrtStatus *status = api->GetAvailableProviders(&names, &count);
+  if (!status) {
+    for (int i = 0; i < count; i++) found |= !strcmp(names[i], name);
+    status = api->ReleaseAvailableProviders(names, count);
+  }
+  if (status) api->ReleaseStatus(status);
+  return found;
+}
+
+/* Registers the nodes once more for each provider of GPUs whose driver has one that they were compiled for.  The
+ * driver of a provider that onnxruntime does not have is left alone: starting one takes time, and a process that has
+ * started CUDA cannot fork and go on with it. */
 static OrtStatus *add_gpu_ops(registration *self, const af_node *const *nodes, size_t count) {
   custom_op *op = &self->ops[count];
   for (size_t p = 0; p < OPS_OF_A_NODE - 1; p++) {
+    if (!has_provider(self->api, gpu_providers[p].name)) continue;
     const driver *driver = start_driver(gpu_providers[p].platform);
     for (size_t i = 0; driver && i < count; i++) {
       if (!runs_on_gpu(nodes[i], &af_gpu_nodes[i], driver)) continue;

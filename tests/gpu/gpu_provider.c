@@ -15,7 +15,7 @@
 
 /* What the test sets. */
 char library[1024], provider[64];
-int registers_cpu_ops;
+int registers_cpu_ops, has_providers;
 void *streams[4];
 /* What the test reads. */
 int cpu_ops, gpu_ops, other_ops, blocks_given, blocks_back, blocks_spoilt;
@@ -94,6 +94,14 @@ static OrtStatus *give_back(OrtAllocator *allocator, void *memory) {
   return found ? NULL : real->AllocatorFree(allocator, memory);
 }
 
+static OrtStatus *get_providers(char ***names, int *count) {
+  static char *all[] = {"CPUExecutionProvider", "CUDAExecutionProvider", "ROCMExecutionProvider",
+                        "MIGraphXExecutionProvider"};
+  return *names = all, *count = has_providers ? 4 : 1, NULL;
+}
+
+static OrtStatus *release_providers(char **names, int count) { return (void)names, (void)count, NULL; }
+
 static const OrtApiBase *real_base;
 
 static const OrtApi *get_api(uint32_t version) { return real_base->GetApi(version) ? &changed : NULL; }
@@ -107,6 +115,8 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
   real = base->GetApi(ORT_API_VERSION);
   changed = *real;
   changed.CustomOpDomain_Add = add;
+  changed.GetAvailableProviders = get_providers;
+  changed.ReleaseAvailableProviders = release_providers;
   changed.MemoryInfoGetId = get_id;
   changed.KernelContext_GetGPUComputeStream = get_stream;
   changed.KernelContext_GetScratchBuffer = get_scratch;

@@ -36,7 +36,7 @@ const char *failing; /* a function that fails with `failure` */
 int failure;
 int (*on_launch)(const launched *);
 /* What the test reads. */
-int loads, unloads, retained, released, launches;
+int starts, loads, unloads, retained, released, launches;
 /* A stream of each device, as onnxruntime would have made it. */
 context contexts[DEVICES];
 
@@ -53,6 +53,7 @@ static void count(int *what) {
 
 int FUNCTION(cuInit, hipInit)(unsigned flags) {
   FAIL_IF_TOLD();
+  count(&starts);
   return flags ? INVALID_VALUE : device_count ? 0 : NO_DEVICE;
 }
 
