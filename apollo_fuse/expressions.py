@@ -24,6 +24,8 @@ class Op(Enum):
     SUB = "sub"
     MUL = "mul"
     DIV = "div"
+    QUOTIENT = "quotient"  # a division whose last bit counts, and so never a product with the reciprocal
+    MULTIPLY_ADD = "multiply_add"  # a * b + c, rounded once where the processor can
     POW = "pow"
     FLOOR_MOD = "floor_mod"
     TRUNC_MOD = "trunc_mod"
@@ -72,8 +74,8 @@ class Op(Enum):
 
 
 _CHEAP = {
-    Op.ADD, Op.SUB, Op.MUL, Op.MAX, Op.MIN, Op.EQ, Op.LT, Op.LE, Op.AND, Op.OR, Op.XOR, Op.NOT,
-    Op.SHL, Op.SHR, Op.SELECT, Op.CAST, Op.NEG, Op.ABS, Op.SIGN, Op.FLOOR, Op.CEIL, Op.ROUND,
+    Op.ADD, Op.SUB, Op.MUL, Op.MULTIPLY_ADD, Op.MAX, Op.MIN, Op.EQ, Op.LT, Op.LE, Op.AND, Op.OR, Op.XOR,
+    Op.NOT, Op.SHL, Op.SHR, Op.SELECT, Op.CAST, Op.NEG, Op.ABS, Op.SIGN, Op.FLOOR, Op.CEIL, Op.ROUND,
     Op.IS_NAN, Op.IS_INF,
 }  # fmt: skip
 
@@ -235,7 +237,7 @@ def cost_of(item: Instruction) -> int:
     """Cheap operations that an instruction counts as: divisions and roots 4, functions 10."""
     if not isinstance(item, Apply):
         return 0
-    if item.op in (Op.DIV, Op.SQRT, Op.FLOOR_MOD, Op.TRUNC_MOD):
+    if item.op in (Op.DIV, Op.QUOTIENT, Op.SQRT, Op.FLOOR_MOD, Op.TRUNC_MOD):
         return 4
     return 1 if item.op in _CHEAP else 10
 

@@ -54,6 +54,7 @@ UNITS: Mapping[Op, Unit] = {op: Unit.SIMPLE for op in Op} | {
     **dict.fromkeys((Op.MAX, Op.MIN), Unit.EXTREME),
     **dict.fromkeys((Op.EQ, Op.LT, Op.LE, Op.SELECT, Op.SIGN, Op.IS_NAN, Op.IS_INF), Unit.CHOOSE),
     Op.DIV: Unit.DIVIDE,
+    Op.QUOTIENT: Unit.DIVIDE,
     Op.SQRT: Unit.SQRT,
     Op.FLOOR_MOD: Unit.REMAINDER,
     Op.TRUNC_MOD: Unit.REMAINDER,

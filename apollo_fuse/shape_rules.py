@@ -355,3 +355,26 @@ def _reduce_prod(at: _Inference) -> None:
     if elements is not None and one and not (noop is not None and noop.as_int()):
         known = [e for e in elements if e is not None]
         at.give_elements([product(known) if len(known) == len(elements) else None])
+
+
+@registry.register("com.microsoft", "QLinearAveragePool", since_version=1)  # type: ignore[untyped-decorator]
+def _qlinear_average_pool(context: ShapeInferenceContext, node: ir.Node) -> None:
+    """The package takes the result for as large as the operand."""
+    like: _Rule | None = registry.get("", "AveragePool", 22)
+    assert like is not None
+    if not _channels_last(node):
+        like(context, node)
+
+
+@registry.register("com.microsoft", "QLinearGlobalAveragePool", since_version=1)  # type: ignore[untyped-decorator]
+def _qlinear_global_average_pool(context: ShapeInferenceContext, node: ir.Node) -> None:
+    """As above."""
+    x = node.inputs[0]
+    if x is not None and x.shape is not None:
+        channels = len(x.shape) - 1 if _channels_last(node) else 1
+        dims = [dim if axis in (0, channels) else 1 for axis, dim in enumerate(x.shape)]
+        context.set_shape_and_dtype(node.outputs[0], ir.Shape(dims), x.dtype)
+
+
+def _channels_last(node: ir.Node) -> bool:
+    return "channels_last" in node.attributes and bool(node.attributes["channels_last"].as_int())

@@ -118,7 +118,7 @@ def apply(op: Op, operands: tuple[str, ...], sources: tuple[DType, ...], dtype: 
     match op:
         case Op.ADD | Op.SUB | Op.MUL | Op.AND | Op.OR | Op.XOR:
             return _narrow(dtype, f"{first} {_INFIX[op]} {operands[1]}")
-        case Op.DIV if source.is_float:
+        case Op.DIV | Op.QUOTIENT if source.is_float:
             return f"{first} / {operands[1]}"
         case Op.DIV:
             return f"af_div_{SUFFIX[source]}({first}, {operands[1]})"
@@ -136,6 +136,8 @@ def apply(op: Op, operands: tuple[str, ...], sources: tuple[DType, ...], dtype: 
             return first if not source.is_signed else _narrow(dtype, f"{first} < 0 ? -{first} : {first}")
         case Op.FLOOR | Op.CEIL | Op.ROUND if not source.is_float:
             return first
+        case Op.MULTIPLY_ADD:
+            return f"AF_FMA{'' if source is DType.FLOAT64 else 'F'}({', '.join(operands)})"
         case Op.IS_NAN:
             return f"{first} != {first}"
         case Op.IS_INF:

@@ -8,7 +8,7 @@ for an operator alone. What onnxruntime itself leaves undefined is left out wher
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from onnx import TensorProto, helper, numpy_helper
 from apollo_fuse.dtypes import DType
 from apollo_fuse.feeds import make_feeds
 from apollo_fuse.measure import session_options
-from apollo_fuse.operators import DESCRIPTIONS
 from apollo_fuse.tolerance import FLOOR, RELATIVE, compare
 from tests.fusing import Array, Fused, fuse_to_session, reference_session
 
@@ -1072,48 +1071,6 @@ def test_no_index_is_read_outside_of_its_axis(tmp_path: Path, cache: Path) -> No
         assert np.isin(found, x).all()
 
 
-def every_table() -> Iterator[Table]:
-    yield unary("float32")
-    yield binary("float32", (*ARITHMETIC, "Div", "Mean"))
-    yield reductions("float32")
-    yield normalisations("float32")
-    yield movement("float32")
-    yield windows("float32")
-    yield resizes("float32")
-    yield quantisation("float32", "int8")
-    yield padding("float32")
-    yield places("float32")
-    yield chosen("float32")
-
-
-def test_every_description_stands_in_a_table() -> None:
-    covered = {(case.domain, case.op) for table in every_table() for case in table.cases}
-    elsewhere = {
-        "And",
-        "Or",
-        "Xor",
-        "Not",
-        "BitwiseAnd",
-        "BitwiseOr",
-        "BitwiseXor",
-        "BitwiseNot",
-        "Mod",
-        "Cast",
-        "Sin",
-        "Cos",
-        "Softmax",
-        "LogSoftmax",
-        "BitShift",
-        "Range",
-        "Upsample",
-        *REMOVED,
-    }
-    left = set(DESCRIPTIONS) - covered - {("", op) for op in elsewhere}
-    left -= {(domain, op) for _, _, _, op, domain in SEVERAL.values()}
-    # onnxruntime has no kernels for these names: they are those of exporters and of other runtimes
-    assert left <= {("", "Silu"), ("com.microsoft", "SimplifiedLayerNormalization")}
-
-
 SLICES = {
     "shorter than the axis, or longer": ([0], [4], [0], [1]),
     "from within": ([2], [2**63 - 1], [0], [1]),
@@ -1174,13 +1131,3 @@ def test_conversions_stay_with_a_quantised_convolution(tmp_path: Path, cache: Pa
     ((expected, found),) = model.run({"x": values("float32", (3, 3, 8, 8))}).values()
     # the convolution's own result may lie one step beside, between integers and floats
     assert np.abs(expected.astype(int) - found.astype(int)).max() <= 1
-
-
-def test_the_documentation_lists_what_is_covered() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "operators.md").read_text()
-    listed = {
-        (domain, name)
-        for domain, heading in (("", "Of ONNX: "), ("com.microsoft", "Of com.microsoft: "))
-        for name in text.split(heading)[1].split(".\n")[0].replace("\n", " ").split(", ")
-    }
-    assert listed == set(DESCRIPTIONS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import test_operators
+from tests import test_operators, test_quantized_operators
 from tests.interpreted import Interpreted, interpreted
 from tests.interpreter import Interpreter
 from tests.test_operators import (  # noqa: F401  collected here again
@@ -43,6 +43,11 @@ from tests.test_operators import (  # noqa: F401  collected here again
     test_where,
     test_windows,
 )
+from tests.test_quantized_operators import (  # noqa: F401  but sums: the interpreter rounds each product
+    test_quantized_functions,
+    test_quantized_pools,
+    test_quantized_softmax,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -65,4 +70,5 @@ def in_triton(monkeypatch: pytest.MonkeyPatch, interpreter: Interpreter) -> None
     ) -> Interpreted:
         return interpreted(table.model(table.runnable()), folder, interpreter)
 
-    monkeypatch.setattr(test_operators, "fused", fused)
+    for tests in (test_operators, test_quantized_operators):
+        monkeypatch.setattr(tests, "fused", fused)

@@ -78,6 +78,10 @@ class Tensor:
     def __ge__(self, other: Scalar) -> Tensor:
         return self.opener.apply(Op.LE, other, self)
 
+    def quotient(self, other: Scalar) -> Tensor:
+        """A division that no pass makes cheaper: what it gives is rounded to an integer, or compared."""
+        return self.opener.apply(Op.QUOTIENT, self, other)
+
     def equal(self, other: Scalar) -> Tensor:
         return self.opener.apply(Op.EQ, self, other)
 

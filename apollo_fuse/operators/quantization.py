@@ -19,14 +19,14 @@ def quantize_linear(o: Opener) -> Tensor:
     if not dtype.is_integer:
         raise Unsupported(f"quantisation to {dtype.value}")
     zero = _per_axis(o, 2, x).cast(DType.FLOAT32) if o.has(2) else None
-    return _quantized(x, scale, zero, dtype)
+    return quantized(x, scale, zero, dtype)
 
 
-def _quantized(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: DType) -> Tensor:
+def quantized(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: DType) -> Tensor:
     if dtype.size > 2:
         raise Unsupported(f"quantisation to {dtype.value}")
     # the quotient of half types is rounded to their precision first, as onnxruntime has it
-    quotient = (x.cast(DType.FLOAT32) / scale.cast(DType.FLOAT32)).cast(x.dtype).cast(DType.FLOAT32)
+    quotient = x.cast(DType.FLOAT32).quotient(scale.cast(DType.FLOAT32)).cast(x.dtype).cast(DType.FLOAT32)
     rounded = quotient.call(Op.ROUND)
     moved = rounded if zero is None else rounded + zero
     low, high = dtype.integer_range
@@ -68,6 +68,6 @@ def dynamic_quantize_linear(o: Opener) -> tuple[Tensor, ...]:
     least = x.reduce(Op.MIN, axes, keepdims=False).minimum(0.0)
     greatest = x.reduce(Op.MAX, axes, keepdims=False).maximum(0.0)
     width = greatest - least
-    scale = width.equal(0.0).select(1.0, width / 255.0)
-    zero = (0.0 - least / scale).maximum(0.0).minimum(255.0).call(Op.ROUND)
-    return _quantized(x, scale, zero, DType.UINT8), scale, zero.cast(DType.UINT8)
+    scale = width.equal(0.0).select(1.0, width.quotient(255.0))
+    zero = (0.0 - least.quotient(scale)).maximum(0.0).minimum(255.0).call(Op.ROUND)
+    return quantized(x, scale, zero, DType.UINT8), scale, zero.cast(DType.UINT8)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from collections.abc import Iterator as Generator
 from dataclasses import dataclass
 from functools import partial, reduce
 
+from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
 from apollo_fuse.graph import Shape
 from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum, non_negative
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
+from apollo_fuse.operators.quantized import MICROSOFT, numbers_at, rounded_to, scale_at, zero_at
 from apollo_fuse.operators.registry import operator
 
 _FEW_TAPS = 25
 """Elements of a window that are read one by one; more are a loop."""
+_MOST_TAPS_IN_ORDER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +134,16 @@ def _pooled(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window]) 
     """Each window's elements combined; those of a small one in one expression, for lanes side by side."""
     rank = len(x.shape)
     if math.prod(w.size for w in windows) <= _FEW_TAPS:
-        choices = itertools.product(*(range(w.size) for w in windows))
-        taps = (_tap(x, op, outside, windows, choice).cast(x.dtype.compute) for choice in choices)
+        taps = (tap.cast(x.dtype.compute) for tap in _taps(x, op, outside, windows))
         return reduce(partial(x.opener.apply, op), taps).cast(x.dtype)
     every = slide(x, range(2, rank), windows, outside)
     return every.reduce(op, range(rank, len(every.shape)), keepdims=False)
+
+
+def _taps(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window]) -> Generator[Tensor]:
+    """One tensor for each place in a window, in the order of memory."""
+    choices = itertools.product(*(range(w.size) for w in windows))
+    return (_tap(x, op, outside, windows, choice) for choice in choices)
 
 
 def _tap(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window], taps: Sequence[int]) -> Tensor:
@@ -171,10 +180,41 @@ def max_pool(o: Opener) -> Tensor:
 def average_pool(o: Opener) -> Tensor:
     """Over the taps on the axis; with `count_include_pad` over those on its padding too."""
     x = floating(o.tensor(0))
-    windows, padded = _windows(o, x), bool(o.integer("count_include_pad", 0))
-    counts = [o.computed(_line(x, n, w), partial(_count, w, n + 2, padded)) for n, w in enumerate(windows)]
+    windows = _windows(o, x)
     total = _pooled(x, Op.ADD, 0.0, windows)
-    return total / reduce(lambda a, b: a * b, counts).cast(x.dtype.compute).cast(x.dtype)
+    return total / _sizes(x, windows, bool(o.integer("count_include_pad", 0)))
+
+
+@operator("QLinearAveragePool", domain=MICROSOFT)
+def qlinear_average_pool(o: Opener) -> Tensor:
+    """With `count_include_pad` over all taps of a window, those beside the padding included."""
+    if o.integer("channels_last", 0):
+        raise Unsupported("channels behind the other axes")
+    x, dtype = numbers_at(o, 0), o.tensor(0).dtype
+    windows = _windows(o, x)
+    total = _added_in_order(x, windows)
+    if o.integer("count_include_pad", 0):
+        average = total.quotient(float(math.prod(window.size for window in windows)))
+    else:
+        average = total.quotient(_sizes(x, windows, padded=False))
+    zero = zero_at(o, 4, dtype).cast(DType.FLOAT32)
+    return rounded_to(average.quotient(scale_at(o, 3)) + zero, dtype)
+
+
+def _added_in_order(x: Tensor, windows: Sequence[Window]) -> Tensor:
+    """The sum of each window, tap after tap, for where the last bit of it counts."""
+    sizes = [window.size for window in windows]
+    if math.prod(sizes) > _MOST_TAPS_IN_ORDER:
+        raise Unsupported(f"sums of {math.prod(sizes)} numbers, whose order counts")
+    zero = x.opener.scalar(0.0, x.dtype)
+    return reduce(lambda total, tap: total + tap, _taps(x, Op.ADD, 0.0, windows), zero)
+
+
+def _sizes(x: Tensor, windows: Sequence[Window], padded: bool) -> Tensor:
+    """How many taps of each window fall on the tensor, or with `padded` on it and its padding."""
+    lines = [partial(_count, w, n + 2, padded) for n, w in enumerate(windows)]
+    counts = [x.opener.computed(_line(x, n, windows[n]), count) for n, count in enumerate(lines)]
+    return reduce(lambda a, b: a * b, counts).cast(x.dtype.compute).cast(x.dtype)
 
 
 def _line(x: Tensor, axis: int, window: Window) -> Shape:

@@ -117,7 +117,7 @@ def apply(op: Op, operands: tuple[str, ...], constants: tuple[Constant | None, .
     """One operation on operands that are names or constants; `source` is the type of the last operand."""
     source = source.compute
     beside = [constant for constant in constants[1 if op is Op.SELECT else 0 :]]
-    takes_literals = op in _INFIX or op is Op.SELECT or (op is Op.DIV and source.is_float)
+    takes_literals = op in _INFIX or op is Op.SELECT or (op in (Op.DIV, Op.QUOTIENT) and source.is_float)
     if not takes_literals or None not in beside:
         operands = tuple(o if c is None else typed(c) for o, c in zip(operands, constants, strict=True))
     first = operands[0]
@@ -126,14 +126,16 @@ def apply(op: Op, operands: tuple[str, ...], constants: tuple[Constant | None, .
     match op:
         case _ if op in _INFIX:
             return f"{first} {_INFIX[op]} {operands[1]}"
-        case Op.DIV if source is DType.FLOAT32:
+        case Op.DIV | Op.QUOTIENT if source is DType.FLOAT32:
             return f"tl.div_rn({arguments})"
-        case Op.DIV if source.is_float:
+        case Op.DIV | Op.QUOTIENT if source.is_float:
             return f"{first} / {operands[1]}"
         case Op.DIV:
             return f"af.{unsigned}divide({arguments})"
         case Op.MAX | Op.MIN:
             return combine(op, source, first, operands[1])
+        case Op.MULTIPLY_ADD:
+            return f"tl.fma({arguments})"
         case Op.NOT:
             return f"~{first}"
         case Op.SELECT:
