@@ -149,7 +149,9 @@ class _Splitting:
                 return Loop(iterator, kind, tuple(inner), limit) if inner else None
             case Compute():
                 targets = tuple(t for t in step.targets if (t.buffer in self.local) == local)
-                return replace(step, targets=targets) if targets else None
+                again = local and targets != step.targets  # beside the one that writes memory
+                name = f"{step.statement}_again" if again else step.statement
+                return replace(step, statement=name, targets=targets) if targets else None
             case Initialise(target, _) | Copy(_, target):
                 return step if (target.buffer in self.local) == local else None
 

@@ -21,6 +21,7 @@ from apollo_fuse.symbolic import infer_shapes
 from models import chains, memory_bound
 from models.writing import LAST_AXIS, Graph
 from tests.fusing import fuse_to_session, reference_session
+from tests.test_end_to_end import text_model
 
 Build = Callable[[], onnx.ModelProto]
 Array = np.ndarray
@@ -243,6 +244,25 @@ def test_an_open_number_of_long_rows_is_right_split_or_not(rows: int, tmp_path: 
     fused = fuse_to_session(build, tmp_path, cache, shapes={"x": [2, 200_000]})
     x = np.random.default_rng(0).standard_normal((rows, 200_000)).astype(np.float32)
     np.testing.assert_allclose(fused.fused.run(None, {"x": x})[0], softmax64(x), rtol=3e-5)
+
+
+def test_what_is_kept_and_written_behind_a_split_reduction_has_two_names(tmp_path: Path, cache: Path) -> None:
+    """A result that is an output and is read again is computed once for each, in one scope of the C text."""
+    model = text_model(
+        """g (float[1, 2, N] x, float[2, N] z) => (float[1, 2, N] y, float[1, 1] total, float[1, 1] positive)
+        { a = Add(x, z) t = ReduceSum(a, axes) total = ReduceSum <keepdims = 0> (t, first)
+          positive = Relu(total) y = Add(a, x) }""",
+        axes=np.array([0, 1, 2], np.int64),
+        first=np.array([0], np.int64),
+    )
+    assert len(group_of(model, tmp_path).forms) == 1
+    fused = fuse_to_session(model, tmp_path, cache, shapes={"x": (1, 2, 7), "z": (2, 7)})
+    for length in (7, 3_000_000):
+        values = np.random.default_rng(0).random((1, 2, length), np.float32)
+        total = 2 * values.sum(dtype=np.float64).reshape(1, 1)
+        results = fused.run({"x": values, "z": values[0]})
+        for name in ("total", "positive"):
+            np.testing.assert_allclose(results[name][1], total, rtol=1e-6)
 
 
 def test_many_rows_are_not_split_and_few_short_ones_neither(tmp_path: Path) -> None:
