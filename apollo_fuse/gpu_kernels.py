@@ -6,10 +6,11 @@ what stays in flight, takes one of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from apollo_fuse.codegen.launches import GpuCode, gpu_form
+from apollo_fuse.codegen.launches import GpuCode, Variant, gpu_form
 from apollo_fuse.codegen.stitched import runs, shares, writer, writes
 from apollo_fuse.codegen.triton.compile import Binary, Job, compile_kernels
 from apollo_fuse.codegen.triton.emit import Launch, Program, emit
@@ -35,7 +36,6 @@ _MOST_THREADS = 1024
 class GpuKernels:
     """For each variant of a kernel or stitch its reports by GPU, and what a library holds.
 
-    A kernel of several variants has the warps that are best for the first of them, its stitched form too.
     dumps: kernels in their stitched form, by file name.
     """
 
@@ -80,8 +80,14 @@ def on_gpus(
         alone[gpu] = {}
         for (candidate, _), kernels in zip(jobs, _chosen(jobs, gpu, sizes, options), strict=True):
             reports[candidate.variant][str(gpu)] = _report(kernels, gpu)
-            alone[gpu].setdefault(candidate.name, [x.binary for x in kernels])
-    launches = {candidate.name: program.launches for candidate, program in reversed(jobs)}
+            alone[gpu][candidate.variant] = [x.binary for x in kernels]
+    launches = {candidate.name: program.launches for candidate, program in jobs}
+    variants: dict[str, list[Variant]] = {name: [] for name in launches}
+    for candidate, _ in jobs:
+        own = _extents(candidate, sizes)
+        extents = tuple(own.get(extent.symbol, 0) for extent in candidate.group.extents)
+        binaries = {gpu: alone[gpu][candidate.variant] for gpu in options.gpus}
+        variants[candidate.name].append(Variant(extents, binaries))
     joined = [x for x in stitches if all(member.name in launches for member in x.members)]
     stitched = _stitched(joined, launches, alone, options)
     for x in joined:
@@ -93,7 +99,7 @@ def on_gpus(
             candidate.group,
             candidate.name,
             launches[candidate.name],
-            {gpu: alone[gpu][candidate.name] for gpu in options.gpus},
+            variants[candidate.name],
             stitched.binaries.get(candidate.name, {}),
         )
         for candidate, _ in jobs
@@ -180,13 +186,18 @@ def _stitched(
     alone: Mapping[GpuTarget, Mapping[str, Sequence[Binary]]],
     options: Options,
 ) -> _Stitched:
-    """The kernels that some stitch has several of, in that form, with the warps that they have alone."""
-    groups: dict[str, Candidate] = {}
+    """The kernels that some stitch has several of, in that form, with the warps of most of their members."""
+    several: dict[str, Counter[str]] = {}
+    of_variant: dict[str, Candidate] = {}
     for x in stitches:
         names = [member.name for member in x.members]
         if shares(names, launches):
-            several = {name for name, count in runs(names) if count > 1}
-            groups |= {member.name: member for member in x.members if member.name in several}
+            together = {name for name, count in runs(names) if count > 1}
+            for member in x.members:
+                if member.name in together:
+                    several.setdefault(member.name, Counter())[member.variant] += 1
+                    of_variant[member.variant] = member
+    groups = {name: of_variant[uses.most_common(1)[0][0]] for name, uses in several.items()}
     programs: dict[str, Program] = {}
     for name, candidate in groups.items():
         program = emit(candidate.group, name, f"{name}, members of a stitch", stitched=True)
@@ -199,7 +210,7 @@ def _stitched(
         jobs = [
             Job(program.text, replace(launch, warps=own.threads // gpu.warp), _types(groups[name].group))
             for name, program in programs.items()
-            for launch, own in zip(program.launches, alone[gpu][name], strict=True)
+            for launch, own in zip(program.launches, alone[gpu][groups[name].variant], strict=True)
         ]
         writers[gpu], *found = compile_kernels([writer(), *jobs], gpu, options.cache_dir, workers)
         compiled = iter(found)
@@ -226,7 +237,7 @@ def _report_of_stitch(
         own = [next(members) for _ in range(count)]
         extents = [_extents(member, sizes) for member in own]
         group = own[0].group
-        binaries = stitched.binaries[name][target] if count > 1 else alone[name]
+        binaries = stitched.binaries[name][target] if count > 1 else alone[own[0].variant]
         for kernel, binary in zip(group.kernels, binaries, strict=True):
             taking = [(_alone(group, kernel), x) for x in extents if kernel in taken(group, x)]
             if taking:

@@ -43,16 +43,27 @@ class GpuCode:
     writer: Mapping[GpuTarget, Binary] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What a kernel group is for some extents: the binaries of its launches for each GPU, best for these.
+
+    extents: in the group's order; 0 for one that is not known.
+    """
+
+    extents: tuple[int, ...]
+    binaries: Mapping[GpuTarget, Sequence[Binary]]
+
+
 def gpu_form(
     group: KernelGroup,
     name: str,
     launches: Sequence[Launch],
-    binaries: Mapping[GpuTarget, Sequence[Binary]],
+    variants: Sequence[Variant],
     stitched: Mapping[GpuTarget, Sequence[Binary]],
 ) -> GpuForm:
-    """The form of the group called `name`; `binaries` are those of the launches, for each GPU.
+    """The form of the group called `name`; a run takes the binaries of the variant that is nearest.
 
-    stitched: the same in their stitched form, of a group that some stitch has several of.
+    stitched: binaries of the launches in their stitched form, of a group that some stitch has several of.
     """
     values = [v.name for v in (*group.inputs, *group.outputs, *group.temporaries)]
     extents = [extent.symbol.name for extent in group.extents]
@@ -63,20 +74,26 @@ def gpu_form(
             [values.index(x) for x in launch.tensors],
             [extents.index(x) for x in launch.extents],
         )
+        of_variants = [tuple((gpu, found[k]) for gpu, found in v.binaries.items()) for v in variants]
+        names = {own: f"binaries_{k}_{place}" for place, own in enumerate(dict.fromkeys(of_variants))}
+        lists = listed(names[own] for own in of_variants)
         lines += [
             f"static const int32_t tensors_{k}[] = {{{listed(tensors)}}};",
             f"static const int32_t extents_{k}[] = {{{listed(counted)}}};",
             _scratch_bytes(group, launch, f"scratch_bytes_{k}"),
-            _images(f"binaries_{k}", {target: compiled[k] for target, compiled in binaries.items()}),
+            *(_images(own, dict(compiled)) for compiled, own in names.items()),
+            f"static const af_binary *const binaries_{k}[] = {{{lists}}};",
             _images(f"stitched_{k}", {target: compiled[k] for target, compiled in stitched.items()}),
         ]
         counts = f"{launch.rows}, {len(tensors)}, {len(launch.scratch)}, {len(counted)}"
         places = f"tensors_{k}, extents_{k}, scratch_bytes_{k}, binaries_{k}, stitched_{k}"
         entries.append(f'{{"{launch.kernel}", {counts}, {places}}}')
+    numbers = listed(number for variant in variants for number in variant.extents)
     lines += [
         f"static const af_launch launches[] = {{{listed(entries)}}};",
+        f"static const int64_t variants[] = {{{numbers}}};",
         _check(group),
-        f"const af_gpu_op {name}_gpu = {{launches, check}};",
+        f"const af_gpu_op {name}_gpu = {{launches, check, {len(variants)}, variants}};",
     ]
     read = {name for launch in launches for name in launch.tensors}
     return GpuForm(

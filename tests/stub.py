@@ -49,8 +49,6 @@ Array = np.ndarray
 GPU = Path(__file__).parent / "gpu"
 WRITER = writer()
 T = TypeVar("T")
-SHARED = 47 * 1024
-"""What the first of the pretended kernels takes, and each next one more of."""
 
 
 class Launched(ctypes.Structure):
@@ -204,9 +202,13 @@ def _compiled(source: str, output: Path, *flags: str) -> ctypes.CDLL:
 
 
 class Pretended:
-    """In the place of Triton's compiler: a binary names the job that it would have been made of."""
+    """In the place of Triton's compiler: a binary names the job that it would have been made of.
 
-    def __init__(self) -> None:
+    The first takes `shared` bytes of a block, and each next one more.
+    """
+
+    def __init__(self, shared: int = 47 * 1024) -> None:
+        self._shared = shared
         self.jobs: dict[str, Job] = {}
         self.binaries: dict[str, Binary] = {}
         self._modules: dict[str, ModuleType] = {}
@@ -225,7 +227,7 @@ class Pretended:
                 path.with_suffix(".ptx").write_text(name)
             threads, rows = job.launch.warps * target.warp, job.launch.rows
             self.jobs[name] = job
-            self.binaries[name] = Binary(path, threads, rows, 32, 0, SHARED + 64 * number)
+            self.binaries[name] = Binary(path, threads, rows, 32, 0, self._shared + 64 * number)
             found.append(self.binaries[name])
         return found
 

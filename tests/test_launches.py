@@ -25,7 +25,7 @@ from apollo_fuse.report import Report
 from apollo_fuse.runtime import session
 from models import BUILDERS, chains, memory_bound
 from tests.fusing import reference_session
-from tests.stub import Launched, Process, Ran, Stub, fused, run, run_on_hip
+from tests.stub import Launched, Pretended, Process, Ran, Stub, fused, run, run_on_hip
 from tests.test_models import small, small_feeds
 from tests.test_triton_compile import jobs
 
@@ -98,6 +98,42 @@ def test_an_input_whose_elements_are_extents_lies_on_the_host(process: Process, 
     model = small("gpt2_decode")
     ran = check(process, model, small_feeds("gpt2_decode", model), tmp_path)
     assert "dh" in ran.memory_types
+
+
+def threads_of_blocks(
+    stub: Stub, model: onnx.ModelProto, feeds: Mapping[str, Array], others: Mapping[str, Array], folder: Path
+) -> list[dict[int, int]]:
+    """The threads of each launch's blocks, by its programs: in a run as it was fused for, and in another."""
+    seen: dict[int, int] = {}
+
+    def note(launched: Launched) -> int:
+        seen[launched.grid[0]] = launched.block[0]
+        return 0
+
+    path, library, _ = fused(model, folder, feeds, Pretended(shared=0))
+    stub.have(80)
+    stub.call(note)
+    running = stub.session(path, library)
+    found: list[dict[int, int]] = []
+    for given in (feeds, others):
+        seen.clear()
+        running.run(None, dict(given))
+        found.append(dict(seen))
+    return found
+
+
+def test_a_run_takes_the_warps_of_the_variant_that_is_nearest(process: Process, tmp_path: Path) -> None:
+    text = (
+        "g (float[n, k] x, float[m, l] y) => (float[n, k] z, float[m, l] w) { z = Softmax(x) w = Softmax(y) }"
+    )
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> {text}')
+    many, few = np.ones((5000, 2000), np.float32), np.ones((7, 2000), np.float32)
+    as_fused, other = process(
+        threads_of_blocks, model, {"x": many, "y": few}, {"x": few[:5], "y": many[:4000]}, tmp_path
+    )
+    assert as_fused.keys() == {5000, 7} and other.keys() == {4000, 5}
+    assert as_fused[7] > as_fused[5000]  # with few programs, each one has to keep more of the device busy
+    assert (other[5], other[4000]) == (as_fused[7], as_fused[5000])
 
 
 def into_no_elements(stub: Stub, folder: Path) -> str:

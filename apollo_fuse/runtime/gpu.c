@@ -9,6 +9,7 @@
 
 #include "modules.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 /* ---------------------------------------------------------------------------------------- the devices */
@@ -16,7 +17,7 @@
 static bool fits(const af_node *node, const af_gpu_node *gpu, const driver *driver, int32_t architecture) {
   for (int32_t p = 0; p < node->op_count; p++)
     for (int32_t k = 0; k < node->ops[p]->kernel_count; k++)
-      if (!fitting_binary(driver, gpu->ops[p]->launches[k].binaries, architecture)) return false;
+      if (!fitting_binary(driver, gpu->ops[p]->launches[k].binaries[0], architecture)) return false;
   return true;
 }
 
@@ -36,8 +37,17 @@ typedef struct gpu_kernel {
   OrtAllocator *allocator;
   const OrtMemoryInfo *memory; /* of the device */
   loaded_kernel *writer;       /* where the node shares launches */
-  loaded_kernel *kernels[];    /* those of each op of the node, as many places for each as there are stages */
+  int32_t variant_count;       /* most of an op */
+  loaded_kernel *kernels[];    /* of each op of the node, in each stage, for each variant */
 } gpu_kernel;
+
+static loaded_kernel **kernels_at(gpu_kernel *self, int32_t op, int32_t stage) {
+  return &self->kernels[(op * self->op->stage_count + stage) * self->variant_count];
+}
+
+static size_t place_count(const gpu_kernel *self) {
+  return (size_t)self->op->node->op_count * (size_t)self->op->stage_count * (size_t)self->variant_count;
+}
 
 /* The first op behind those that share their launches with the op at `first`. */
 static int32_t run_end(const custom_op *self, int32_t first) {
@@ -50,15 +60,14 @@ static int32_t run_end(const custom_op *self, int32_t first) {
 
 static void destroy_kernel(void *kernel) {
   gpu_kernel *self = kernel;
-  const int32_t places = self->op->node->op_count * self->op->stage_count;
-  for (int32_t i = 0; i < places; i++)
+  for (size_t i = 0; i < place_count(self); i++)
     if (self->kernels[i]) let_go(self->op, self->kernels[i]);
   if (self->writer) let_go(self->op, self->writer);
   if (self->allocator) self->op->owner->api->ReleaseAllocator(self->allocator);
   free(self);
 }
 
-/* The kernels of a run stand at the places of its first op. */
+/* The kernels of a run stand at the places of its first op; the stitched form is one for all variants. */
 static OrtStatus *acquire_kernels(gpu_kernel *self, int device) {
   const custom_op *op = self->op;
   if (op->gpu->shares) RETURN_IF_FAILED(acquire(op, "write", af_writer, device, &self->writer));
@@ -66,8 +75,13 @@ static OrtStatus *acquire_kernels(gpu_kernel *self, int device) {
     end = run_end(op, first);
     for (int32_t k = 0; k < op->node->ops[first]->kernel_count; k++) {
       const af_launch *launch = &op->gpu->ops[first]->launches[k];
-      const af_binary *binaries = end - first > 1 ? launch->stitched : launch->binaries;
-      RETURN_IF_FAILED(acquire(op, launch->name, binaries, device, &self->kernels[first * op->stage_count + k]));
+      loaded_kernel **kernels = kernels_at(self, first, k);
+      if (end - first > 1) {
+        RETURN_IF_FAILED(acquire(op, launch->name, launch->stitched, device, &kernels[0]));
+        continue;
+      }
+      for (int32_t v = 0; v < op->gpu->ops[first]->variant_count; v++)
+        RETURN_IF_FAILED(acquire(op, launch->name, launch->binaries[v], device, &kernels[v]));
     }
   }
   return NULL;
@@ -85,10 +99,12 @@ static OrtStatus *open_kernel(gpu_kernel *self, const OrtKernelInfo *info) {
 static OrtStatus *create_kernel(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info,
                                 void **kernel) {
   const custom_op *op = (const custom_op *)base;
-  const size_t places = (size_t)op->node->op_count * (size_t)op->stage_count;
-  gpu_kernel *self = calloc(1, sizeof *self + places * sizeof self->kernels[0]);
+  gpu_kernel shape = {.op = op};
+  for (int32_t p = 0; p < op->node->op_count; p++)
+    if (op->gpu->ops[p]->variant_count > shape.variant_count) shape.variant_count = op->gpu->ops[p]->variant_count;
+  gpu_kernel *self = calloc(1, sizeof *self + place_count(&shape) * sizeof self->kernels[0]);
   if (!self) return failure(api, ORT_FAIL, "%s: no memory; free some.", op->node->name);
-  self->op = op;
+  *self = shape;
   OrtStatus *status = open_kernel(self, info);
   if (status)
     destroy_kernel(self);
@@ -101,7 +117,7 @@ static OrtStatus *create_kernel(const OrtCustomOp *base, const OrtApi *api, cons
 
 /* One call of the node.  Launches follow each other on a stream, so that they share scratch. */
 typedef struct call {
-  const gpu_kernel *kernel;
+  gpu_kernel *kernel;
   const custom_op *op;
   const part *parts;
   char *scratch;
@@ -194,6 +210,23 @@ static char *place_arguments(const part *part, const af_launch *launch, int64_t 
   return scratch + bytes;
 }
 
+/* The variant of the op whose extents are nearest to n, by the product of their ratios. */
+static int32_t nearest_variant(const af_gpu_op *gpu, int32_t count, const int64_t *n) {
+  const int64_t *own = gpu->variants;
+  double least = INFINITY;
+  int32_t nearest = 0;
+  for (int32_t v = 0; v < gpu->variant_count; v++, own += count) {
+    double distance = 1;
+    for (int32_t i = 0; i < count; i++)
+      if (own[i] > 0 && n[i] > 0) distance *= n[i] > own[i] ? (double)n[i] / own[i] : (double)own[i] / n[i];
+    if (distance < least) {
+      least = distance;
+      nearest = v;
+    }
+  }
+  return nearest;
+}
+
 static OrtStatus *launch_alone(const call *self, run run) {
   const part *part = &self->parts[run.first];
   const af_launch *launch = launch_of(self->op, run);
@@ -204,7 +237,8 @@ static OrtStatus *launch_alone(const call *self, run run) {
   if (!programs) return NULL;
   place_arguments(part, launch, programs, self->scratch, values);
   for (int32_t i = 0; i < width; i++) arguments[i] = &values[i];
-  return start(self, self->kernel->kernels[run.first * self->op->stage_count + run.k], programs, arguments, width);
+  const int32_t v = nearest_variant(self->op->gpu->ops[run.first], part->op->symbol_count, part->n);
+  return start(self, kernels_at(self->kernel, run.first, run.k)[v], programs, arguments, width);
 }
 
 static OrtStatus *launch_stitched(call *self, run run) {
@@ -215,7 +249,7 @@ static OrtStatus *launch_stitched(call *self, run run) {
   for (int32_t p = run.first; p < run.end; p++) programs += programs_of(&self->parts[p], launch, run.k);
   self->table += (size_t)(members * (1 + width_of(launch))) * sizeof(int64_t);
   if (!programs) return NULL;
-  return start(self, self->kernel->kernels[run.first * self->op->stage_count + run.k], programs, arguments, 2);
+  return start(self, kernels_at(self->kernel, run.first, run.k)[0], programs, arguments, 2);
 }
 
 static OrtStatus *launch_kernels(call *self) {
@@ -312,7 +346,7 @@ static OrtStatus *check_axes(const custom_op *self, const part *parts) {
 }
 
 static OrtStatus *compute_on_gpu(void *kernel, OrtKernelContext *context) {
-  const gpu_kernel *self = kernel;
+  gpu_kernel *self = kernel;
   const custom_op *op = self->op;
   part parts[op->node->op_count];
   void *buffers[op->buffer_count + 1], *stream;

@@ -13,8 +13,8 @@
 /* Code for NVIDIA's GPUs, text that newer drivers compile for newer ones, and code for AMD's. */
 enum { AF_CUBIN, AF_PTX, AF_HSACO };
 
-/* A kernel as a module for one architecture: of CUDA a compute capability, 10 times the major number and the minor;
- * of HIP the digits behind gfx, which are hexadecimal. */
+/* A kernel as a module for one architecture: of CUDA a compute capability, 10 times the major number and the
+ * minor; of HIP the digits behind gfx, which are hexadecimal. */
 typedef struct af_binary {
   int32_t form, architecture;
   int32_t threads, shared_bytes; /* of a block */
@@ -37,8 +37,8 @@ typedef struct af_launch {
   const int32_t *extents; /* their places in n */
   /* Writes the bytes of each piece of scratch that one program needs. */
   void (*scratch_bytes)(const int64_t *n, int64_t *bytes);
-  const af_binary *binaries; /* what fits better comes first */
-  const af_binary *stitched; /* the same, in its stitched form; empty where no node needs it */
+  const af_binary *const *binaries; /* for each variant of the op a list; what fits better comes first */
+  const af_binary *stitched;        /* those of the stitched form; empty where no node needs it */
 } af_launch;
 
 /* The kernel `write` puts its other arguments, AF_WRITTEN values of 64 bits, where its first one points. */
@@ -51,6 +51,9 @@ typedef struct af_gpu_op {
    * returns 1.  What the tensors hold is on the device: kernels take an index outside of its axis to the nearest
    * element. */
   int (*check)(const int64_t *n, char *message, size_t message_size);
+  /* The extents n of each variant, one after the other: what its binaries are best for.  0 for one not known. */
+  int32_t variant_count;
+  const int64_t *variants;
 } af_gpu_op;
 
 /* What belongs to the af_node at the same place of every af_table. */

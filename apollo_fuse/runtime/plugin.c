@@ -278,7 +278,10 @@ static const struct {
   platform platform;
   const char *name;
 } gpu_providers[OPS_OF_A_NODE - 1] = {
-    {CUDA, "CUDAExecutionProvider"}, {HIP, "ROCMExecutionProvider"}, {HIP, "MIGraphXExecutionProvider"}};
+    {CUDA, "CUDAExecutionProvider"},
+    {HIP, "ROCMExecutionProvider"},
+    {HIP, "MIGraphXExecutionProvider"},
+};
 
 static bool has_provider(const OrtApi *api, const char *name) {
   char **names;
@@ -294,8 +297,8 @@ static bool has_provider(const OrtApi *api, const char *name) {
 }
 
 /* Registers the nodes once more for each provider of GPUs whose driver has one that they were compiled for.  The
- * driver of a provider that onnxruntime does not have is left alone: starting one takes time, and a process that has
- * started CUDA cannot fork and go on with it. */
+ * driver of a provider that onnxruntime does not have is left alone: starting one takes time, and a process that
+ * has started CUDA cannot fork and go on with it. */
 static OrtStatus *add_gpu_ops(registration *self, const af_node *const *nodes, size_t count) {
   custom_op *op = &self->ops[count];
   for (size_t p = 0; p < OPS_OF_A_NODE - 1; p++) {
