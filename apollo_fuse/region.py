@@ -140,7 +140,7 @@ def extract(nodes: Sequence[ir.Node], opsets: Mapping[str, int], outputs: Iterab
                 weights.append(new)
             else:
                 new = ir.Value(name=f"x{len(inputs)}", type=value.type)
-                new.shape = None if value.shape is None else ir.Shape([None] * len(value.shape))
+                new.shape = _open(value)
                 inputs.append(new)
             values[value] = new
     copies = [_copy(node, values, prefix="v") for node in nodes]
@@ -155,6 +155,17 @@ def extract(nodes: Sequence[ir.Node], opsets: Mapping[str, int], outputs: Iterab
         inputs, results, nodes=copies, initializers=weights, opset_imports=dict(opsets), name="region"
     )
     return ir.Model(graph, ir_version=10)
+
+
+def _open(value: ir.Value) -> ir.Shape | None:
+    """The shape of an input with all extents open, but for the number of what may be extents.
+
+    onnxruntime wants to know how many sizes there are when it loads a Resize.
+    """
+    if value.shape is None:
+        return None
+    kept = value.dtype is ir.DataType.INT64 and len(value.shape) == 1
+    return ir.Shape([dim if kept and isinstance(dim, int) else None for dim in value.shape])
 
 
 def region_inputs(nodes: Sequence[ir.Node]) -> list[ir.Value]:

@@ -378,3 +378,19 @@ def _qlinear_global_average_pool(context: ShapeInferenceContext, node: ir.Node) 
 
 def _channels_last(node: ir.Node) -> bool:
     return "channels_last" in node.attributes and bool(node.attributes["channels_last"].as_int())
+
+
+for _name, _since in (("GatherND", 12), ("Pad", 13), ("Range", 11), ("Trilu", 14)):
+    _like: _Rule | None = registry.get("", _name, _since)
+    assert _like is not None
+    registry.register("com.microsoft", _name, since_version=1)(_like)
+
+
+@registry.register("com.microsoft", "ExpandDims", since_version=1)  # type: ignore[untyped-decorator]
+def _expand_dims(context: ShapeInferenceContext, node: ir.Node) -> None:
+    x, axis = node.inputs[0], node.inputs[1]
+    if x is not None and x.shape is not None and axis is not None and axis.const_value is not None:
+        dims = list(x.shape)
+        place = int(axis.const_value.numpy().reshape(-1)[0])
+        dims.insert(place if place >= 0 else place + len(dims) + 1, 1)
+        context.set_shape_and_dtype(node.outputs[0], ir.Shape(dims), x.dtype)

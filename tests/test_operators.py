@@ -749,9 +749,13 @@ def resizes(dtype: str) -> Table:
         "half": [1, 1, 0.5, 0.25],
         "odd": [1, 1, 1.5, 2.5],
     }
-    sizes = {"sizes": np.array([3, 4, 13, 8], np.int64)}
+    sizes = ints(sizes=[3, 4, 13, 8], image=[12, 4])
     scales = {name: np.array(numbers, np.float32) for name, numbers in constants.items()}
-    cases = [*RESIZES, Case("Resize", "x - - sizes", {"mode": "nearest"})]
+    scales["image_scales"] = np.array([3, 0.5], np.float32)
+    cases = [
+        *RESIZES, Case("Resize", "x - - sizes", {"mode": "nearest"}), Case("Resize", "x - - image", {"mode": "nearest", "axes": [2, -1]}),
+        Case("Resize", "x - image_scales", {"mode": "nearest", "axes": [-1, 2]}),
+    ]  # fmt: skip
     return Table({"x": (dtype, [3, 4, 6, 8])}, cases, scales | sizes)
 
 
@@ -769,6 +773,38 @@ def test_nearest_resizes_of_open_extents(tmp_path: Path, cache: Path) -> None:
     model = fused(table, tmp_path, cache, {"x": (2, 4, 3, 5)})
     for extents in ({"n": 1, "h": 1, "w": 1}, {"n": 2, "h": 7, "w": 40}):
         check(model, sized(table, extents), exact=True)
+
+
+@pytest.mark.parametrize("how", ("asymmetric", "half_pixel"))
+def test_nearest_resizes_to_sizes_that_the_graph_computes(how: str, tmp_path: Path, cache: Path) -> None:
+    """Times its own extents, a part of them, and to sizes beside a batch that is open."""
+    cases = {"times": [2, 3], "fixed": [12, 4], "part": [1, 2]}
+    nodes = [helper.make_node("Shape", ["x"], ["batch"], end=2)]
+    for name, numbers in (("times", "Mul"), ("part", "Div"), ("fixed", "Identity")):
+        nodes.append(helper.make_node("Shape", ["y" if name == "fixed" else "x"], [f"{name}_image"], start=2))
+        reads = [name] if name == "fixed" else [f"{name}_image", name]
+        nodes += [
+            helper.make_node(numbers, reads, [f"{name}_end"]),
+            helper.make_node("Concat", ["batch", f"{name}_end"], [f"{name}_sizes"], axis=0),
+            helper.make_node(
+                "Resize", ["y" if name == "fixed" else "x", "", "", f"{name}_sizes"], [f"{name}_r"], f"case_{name}",
+                mode="nearest", coordinate_transformation_mode=how, nearest_mode="floor",
+            ),
+            helper.make_node("Tanh", [f"{name}_r"], [f"{name}_out"]),
+        ]  # fmt: skip
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, "h", "w"]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 6, 8]),
+    ]
+    outputs = [onnx.ValueInfoProto(name=f"{name}_out") for name in cases]
+    weights = [numpy_helper.from_array(np.array(numbers, np.int64), name) for name, numbers in cases.items()]
+    graph = helper.make_graph(nodes, "sizes", inputs, outputs, weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    model = fuse_to_session(proto, tmp_path, cache, shapes={"x": (2, 4, 6, 10), "y": (2, 4, 6, 8)})
+    left = {node for refused in model.report.refused for node in refused.nodes if node.startswith("case")}
+    assert left == {"case_part"}  # half of an open extent is any of two quotients
+    for n, h, w in ((1, 1, 2), (2, 7, 40)):
+        check(model, {"x": values("float32", (n, 4, h, w)), "y": values("float32", (n, 4, 6, 8))})
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import test_operators, test_quantized_operators
+from tests import test_operators, test_quantized_operators, test_transformer_operators
 from tests.interpreted import Interpreted, interpreted
 from tests.interpreter import Interpreter
 from tests.test_operators import (  # noqa: F401  collected here again
@@ -48,6 +48,12 @@ from tests.test_quantized_operators import (  # noqa: F401  but sums: the interp
     test_quantized_pools,
     test_quantized_softmax,
 )
+from tests.test_transformer_operators import (  # noqa: F401
+    test_gated_activations_and_norms,
+    test_newest_operators,
+    test_other_operators,
+    test_rotary_positions,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -70,5 +76,5 @@ def in_triton(monkeypatch: pytest.MonkeyPatch, interpreter: Interpreter) -> None
     ) -> Interpreted:
         return interpreted(table.model(table.runnable()), folder, interpreter)
 
-    for tests in (test_operators, test_quantized_operators):
+    for tests in (test_operators, test_quantized_operators, test_transformer_operators):
         monkeypatch.setattr(tests, "fused", fused)

@@ -12,6 +12,7 @@ from apollo_fuse.operators import (
     quantized,
     reductions,
     resize,
+    transformers,
     windows,
 )
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
@@ -30,5 +31,6 @@ __all__ = [
     "quantized",
     "reductions",
     "resize",
+    "transformers",
     "windows",
 ]

@@ -11,6 +11,7 @@ from apollo_fuse.operators.registry import operator
 
 
 @operator("Pad")
+@operator("Pad", domain="com.microsoft")
 def pad(o: Opener) -> Tensor:
     """A constant border is written in parts; every other one reads an element of the operand."""
     x = o.tensor(0)

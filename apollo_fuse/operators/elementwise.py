@@ -286,6 +286,12 @@ def swish(o: Opener) -> Tensor:
     return x * (x * o.number("alpha", 1.0)).call(Op.SIGMOID)
 
 
+@operator("SwiGLU")
+def swiglu(o: Opener) -> Tensor:
+    gate = floating(o.tensor(0))
+    return gate * (gate * o.number("alpha", 1.0)).call(Op.SIGMOID) * o.tensor(1)
+
+
 @operator("QuickGelu", domain="com.microsoft")
 def quick_gelu(o: Opener) -> Tensor:
     x = floating(o.tensor(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
 from apollo_fuse.graph import Shape
-from apollo_fuse.index import ONE, ZERO, Index, Indirect, maximum
+from apollo_fuse.index import ONE, ZERO, Index, Indirect, clamped, maximum
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import operator
 
@@ -24,7 +24,7 @@ def gather(o: Opener) -> Tensor:
         known = int(indices.content.value)
         place = Index.of(known) if known >= 0 else extent + known
         return x.view(shape, lambda at: (*at[:axis], place, *at[axis + rank :]))
-    name, _ = _index_tensor(o, 1)
+    name, _ = index_tensor(o, 1)
 
     def access(at: tuple[Index, ...]) -> tuple[Index, ...]:
         chosen = Index.of(Indirect(name, at[axis : axis + rank], extent))
@@ -37,7 +37,7 @@ def gather(o: Opener) -> Tensor:
 def gather_elements(o: Opener) -> Tensor:
     """Each element of the result has its own index along the axis; other axes may be shorter there."""
     x = o.tensor(0)
-    name, shape = _index_tensor(o, 1)
+    name, shape = index_tensor(o, 1)
     axis = o.axis(o.integer("axis", 0), len(x.shape))
 
     def access(at: tuple[Index, ...]) -> tuple[Index, ...]:
@@ -52,10 +52,11 @@ def gather_elements(o: Opener) -> Tensor:
 
 
 @operator("GatherND")
+@operator("GatherND", domain="com.microsoft")
 def gather_nd(o: Opener) -> Tensor:
     """The last axis of the indices holds one number for each leading axis of the operand."""
     x = o.tensor(0)
-    name, shape = _index_tensor(o, 1)
+    name, shape = index_tensor(o, 1)
     batches, count = o.integer("batch_dims", 0), shape[-1].constant
     if count is None:
         raise Unsupported(f"index tuples of unknown length {shape[-1]}")
@@ -72,7 +73,7 @@ def gather_nd(o: Opener) -> Tensor:
     return x.view((*shape[:-1], *x.shape[batches + count :]), access)
 
 
-def _index_tensor(o: Opener, place: int) -> tuple[str, Shape]:
+def index_tensor(o: Opener, place: int) -> tuple[str, Shape]:
     """The name and the shape of an operand that holds indices."""
     indices = o.tensor(place, as_operand=True)
     assert isinstance(indices.content, str)
@@ -97,10 +98,19 @@ def one_hot(o: Opener) -> Tensor:
 
 
 @operator("Range")
+@operator("Range", domain="com.microsoft")
 def range_(o: Opener) -> Tensor:
-    start, step = o.tensor(0), o.tensor(2)
+    start = o.tensor(0)
     (extent,) = o.output_shape()
-    return o.coordinate((extent,), 0).cast(start.dtype) * step.reshape(()) + start.reshape(())
+    steps = o.coordinate((extent,), 0).cast(start.dtype)
+    return (steps * o.tensor(2).reshape(()) if o.has(2) else steps) + start.reshape(())
+
+
+@operator("ConstantOfShape")
+def constant_of_shape(o: Opener) -> Tensor:
+    given = o.node.attributes.get("value")
+    value = 0.0 if given is None else given.as_tensor().numpy().reshape(-1)[0].item()
+    return o.filled(o.output_shape(), value, o.output_dtype())
 
 
 @operator("EyeLike")
@@ -111,6 +121,7 @@ def eye_like(o: Opener) -> Tensor:
 
 
 @operator("Trilu")
+@operator("Trilu", domain="com.microsoft")
 def trilu(o: Opener) -> Tensor:
     """What lies on the far side of the diagonal becomes 0."""
     x = o.tensor(0)
@@ -124,7 +135,7 @@ def trilu(o: Opener) -> Tensor:
 def reverse_sequence(o: Opener) -> Tensor:
     """The leading elements of each sequence, as many as its length says, in reverse order."""
     x = o.tensor(0)
-    lengths, _ = _index_tensor(o, 1)
+    lengths, _ = index_tensor(o, 1)
     time, batch = o.integer("time_axis", 0), o.integer("batch_axis", 1)
 
     def backwards(at: tuple[Index, ...]) -> tuple[Index, ...]:
@@ -135,6 +146,27 @@ def reverse_sequence(o: Opener) -> Tensor:
     ends = o.tensor(1, as_operand=True).cast(DType.INT64).reshape(along_batch)
     turned = o.coordinate(x.shape, time) < ends
     return turned.select(x.view(x.shape, backwards), x)
+
+
+@operator("TensorScatter")
+def tensor_scatter(o: Opener) -> Tensor:
+    """A cache with an update written over it, from an index on that each batch has for itself."""
+    past, update = o.tensor(0), o.tensor(1)
+    axis = o.axis(o.integer("axis", -2), len(past.shape))
+    extent, length = past.shape[axis], update.shape[axis]
+    around = o.text("mode", "linear") == "circular"
+    name = index_tensor(o, 2)[0] if o.has(2) else None
+
+    def place(at: Shape) -> Index:
+        """Where in the update the element lies; beside it for one that is kept."""
+        first = ZERO if name is None else Index.of(Indirect(name, (at[0],), extent))
+        return (at[axis] - first) % extent if around else at[axis] - first
+
+    def access(at: Shape) -> Shape:
+        return (*at[:axis], clamped(place(at), length), *at[axis + 1 :])
+
+    beside = o.computed(past.shape, lambda at: place(at) - clamped(place(at), length))
+    return beside.equal(0).select(update.view(past.shape, access), past)
 
 
 @operator("ArgMax", "ArgMin")
@@ -175,9 +207,9 @@ def hardmax(o: Opener) -> Tensor:
     return place.equal(first).cast(x.dtype)
 
 
-@operator("CumSum")
+@operator("CumSum", "CumProd")
 def cum_sum(o: Opener) -> Tensor:
-    """Each prefix is added up by itself, so that all of them can be at once."""
+    """Each prefix is added up, or multiplied, by itself, so that all of them can be at once."""
     x = o.tensor(0)
     axis = o.axis(int(o.constant(1).reshape(-1)[0]), len(x.shape))
     extent = x.shape[axis]
@@ -188,4 +220,5 @@ def cum_sum(o: Opener) -> Tensor:
     if o.integer("reverse", 0):
         place, other = other, place
     counted = other < place if o.integer("exclusive", 0) else other <= place
-    return counted.select(terms, 0).reduce(Op.ADD, (len(x.shape),), keepdims=False)
+    op, neutral = (Op.ADD, 0) if o.node.op_type == "CumSum" else (Op.MUL, 1)
+    return counted.select(terms, neutral).reduce(op, (len(x.shape),), keepdims=False)

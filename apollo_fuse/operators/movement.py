@@ -63,6 +63,13 @@ def unsqueeze(o: Opener) -> Tensor:
     return x.reshape(tuple(ONE if axis in new else next(extents) for axis in range(rank)))
 
 
+@operator("ExpandDims", domain="com.microsoft")
+def expand_dims(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    axis = o.axis(int(o.constant(1).reshape(-1)[0]), len(x.shape) + 1)
+    return x.reshape((*x.shape[:axis], ONE, *x.shape[axis:]))
+
+
 @operator("Squeeze")
 def squeeze(o: Opener) -> Tensor:
     x = o.tensor(0)

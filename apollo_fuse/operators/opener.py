@@ -253,6 +253,11 @@ class Opener:
         block = Block((Position(index(at), DType.INT64),))
         return self._define(shape, iterators, at, None, block, Pattern.ELEMENTWISE)
 
+    def filled(self, shape: Shape, value: float | int | bool, dtype: DType) -> Tensor:
+        """The tensor of this shape that holds one number everywhere."""
+        iterators, at = self._iterators(shape)
+        return self._define(shape, iterators, at, None, Block((Constant(value, dtype),)), Pattern.ELEMENTWISE)
+
     def coordinate(self, shape: Shape, axis: int) -> Tensor:
         """For each place of a tensor of this shape, where along the axis it lies; an int64 tensor."""
         return self.computed(shape, lambda at: at[axis])

@@ -110,6 +110,16 @@ def global_max_pool(o: Opener) -> Tensor:
     return x.reduce(Op.MAX, range(2, len(x.shape)))
 
 
+@operator("GlobalLpPool")
+def global_lp_pool(o: Opener) -> Tensor:
+    x = floating(o.tensor(0))
+    axes, p = range(2, len(x.shape)), float(o.integer("p", 2))
+    if p == 2.0:
+        return (x * x).reduce(Op.ADD, axes).call(Op.SQRT)
+    powers = o.apply(Op.POW, x.call(Op.ABS), p).reduce(Op.ADD, axes)
+    return o.apply(Op.POW, powers, 1.0 / p)
+
+
 def _softmax_axes(o: Opener, rank: int) -> tuple[int, ...]:
     """From opset 13 one axis; before that everything from the axis on."""
     axis = o.axis(o.integer("axis", -1 if o.opset >= 13 else 1), rank)
@@ -132,11 +142,11 @@ def log_softmax(o: Opener) -> Tensor:
     return shifted - shifted.call(Op.EXP_NONPOSITIVE).reduce(Op.ADD, axes).call(Op.LOG)
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     return x.cast(DType.FLOAT32) if x.dtype.size == 2 else x
 
 
-def _normalise(x: Tensor, axes: tuple[int, ...], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(x: Tensor, axes: tuple[int, ...], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised tensor, the mean and the deviation.
 
     Two passes: the mean first, then the mean of squared distances from it.
@@ -152,7 +162,7 @@ def layer_normalization(o: Opener) -> tuple[Tensor, ...]:
     """With the mean and the inverse of the deviation as further results."""
     x = o.tensor(0)
     axes = tuple(range(o.axis(o.integer("axis", -1), len(x.shape)), len(x.shape)))
-    result, mean, deviation = _normalise(_wide(x), axes, o.number("epsilon", 1e-5))
+    result, mean, deviation = normalise(widened(x), axes, o.number("epsilon", 1e-5))
     result = result.cast(x.dtype) * o.tensor(1)
     return result + o.tensor(2) if o.has(2) else result, mean, 1.0 / deviation
 
@@ -163,7 +173,7 @@ def skip_layer_normalization(o: Opener) -> tuple[Tensor, ...]:
     total = o.tensor(0) + o.tensor(1)
     total = total + o.tensor(4) if o.has(4) else total
     axes = (len(total.shape) - 1,)
-    result, mean, deviation = _normalise(_wide(total), axes, o.number("epsilon", 1e-12))
+    result, mean, deviation = normalise(widened(total), axes, o.number("epsilon", 1e-12))
     result = result.cast(total.dtype) * o.tensor(2)
     return result + o.tensor(3) if o.has(3) else result, mean, 1.0 / deviation, total
 
@@ -174,7 +184,7 @@ def skip_layer_normalization(o: Opener) -> tuple[Tensor, ...]:
 def rms_normalization(o: Opener) -> tuple[Tensor, ...]:
     x = o.tensor(0)
     axes = tuple(range(o.axis(o.integer("axis", -1), len(x.shape)), len(x.shape)))
-    result, scale = _divided_by_root_mean_square(x, axes, o.number("epsilon", 1e-5))
+    result, scale = divided_by_root_mean_square(x, axes, o.number("epsilon", 1e-5))
     return result * o.tensor(1), 1.0 / scale
 
 
@@ -183,12 +193,12 @@ def skip_rms_normalization(o: Opener) -> tuple[Tensor, ...]:
     """The second and third result are onnxruntime's mean and inverse deviation."""
     total = o.tensor(0) + o.tensor(1)
     total = total + o.tensor(3) if o.has(3) else total
-    result, scale = _divided_by_root_mean_square(total, (len(total.shape) - 1,), o.number("epsilon", 1e-12))
+    result, scale = divided_by_root_mean_square(total, (len(total.shape) - 1,), o.number("epsilon", 1e-12))
     return result * o.tensor(2), scale, 1.0 / scale, total
 
 
-def _divided_by_root_mean_square(x: Tensor, axes: tuple[int, ...], epsilon: float) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
+def divided_by_root_mean_square(x: Tensor, axes: tuple[int, ...], epsilon: float) -> tuple[Tensor, Tensor]:
+    wide = widened(x)
     scale = ((wide * wide).mean(axes) + epsilon).call(Op.SQRT)
     return (wide / scale).cast(x.dtype), scale
 
@@ -216,5 +226,5 @@ def lp_normalization(o: Opener) -> Tensor:
 def instance_normalization(o: Opener) -> Tensor:
     x = o.tensor(0)
     channels = (x.shape[1], *[ONE for _ in x.shape[2:]])
-    normalised, _, _ = _normalise(x, tuple(range(2, len(x.shape))), o.number("epsilon", 1e-5))
+    normalised, _, _ = normalise(x, tuple(range(2, len(x.shape))), o.number("epsilon", 1e-5))
     return normalised * o.tensor(1).reshape(channels) + o.tensor(2).reshape(channels)

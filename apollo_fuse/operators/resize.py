@@ -25,10 +25,11 @@ def upsample(o: Opener) -> Tensor:
 
 @operator("Resize")
 def resize(o: Opener) -> Tensor:
-    if "axes" in o.node.attributes or o.integer("antialias", 0):
-        raise Unsupported("a choice of axes, or antialiasing")
+    policy = o.text("keep_aspect_ratio_policy", "stretch")
+    if policy != "stretch" or o.integer("antialias", 0):
+        raise Unsupported(f"extents by {policy}, or antialiasing")
     if o.has(3):
-        o.constant(3)  # sizes that the caller chooses prove nothing
+        o.extents(3, "sizes")  # raises for what the caller chooses, which proves nothing
     old = o.opset < 11  # with scales as the second operand, and no choice of mode
     scales = _scales(o, 1 if old else 2)
     how = "asymmetric" if old else o.text("coordinate_transformation_mode", "half_pixel")
@@ -40,7 +41,11 @@ def _scales(o: Opener, place: int) -> list[float] | None:
     if not o.has(place):
         return None
     found = [float(scale) for scale in o.constant(place).reshape(-1)]
-    return found or None
+    if "axes" not in o.node.attributes or not found:
+        return found or None
+    rank = len(o.tensor(0).shape)
+    chosen = {o.axis(axis, rank): scale for axis, scale in zip(o.numbers("axes", ()), found, strict=True)}
+    return [chosen.get(axis, 1.0) for axis in range(rank)]
 
 
 def _nearest(o: Opener, shape: Shape, scales: Sequence[float] | None, how: str, rounding: str) -> Tensor:
@@ -65,14 +70,14 @@ def _map(
     if result == extent and scale in (None, 1.0):
         return lambda i: i
     before, after = extent.constant, result.constant
+    ratio = _ratio(extent, result)
     if how == "align_corners" and before is not None and after is not None and after > 1:
         slope = Fraction(before - 1, after - 1)
         scale = after / before if scale is None else scale
     elif scale is not None:
         slope = 1 / Fraction(scale).limit_denominator(64)
-    elif before is not None and after is not None:
-        slope = Fraction(before, after)
-        scale = after / before
+    elif ratio is not None:
+        slope, scale = ratio, float(1 / ratio)
     else:
         raise Unsupported(f"a resize of the open extent {extent} to {result}")
     count = _SAMPLED if after is None else after
@@ -88,6 +93,17 @@ def _map(
         if np.array_equal(np.clip((p * places + b) // q, 0, last), wanted):
             return lambda i: clamped((i * p + b) // q, extent)
     raise Unsupported(f"no quotient gives the places of mode {how} and {rounding} at scale {scale:g}")
+
+
+def _ratio(extent: Index, result: Index) -> Fraction | None:
+    """The quotient of two extents, where it is the same for whatever is open in them."""
+    if extent.constant and result.constant:
+        return Fraction(extent.constant, result.constant)
+    for over, under, power in ((extent, result, 1), (result, extent, -1)):
+        times = over.exact_quotient(under)
+        if times is not None and times.constant:
+            return Fraction(times.constant) ** power
+    return None
 
 
 def _origin(at: Floats, scale: np.float32, how: str, length: int | None, resized: int | None) -> Floats:
