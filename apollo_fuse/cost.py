@@ -89,14 +89,23 @@ def cost_of_stitch(
     machine: Machine,
     threads: int | None = None,
     block: Block | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Cost:
-    """What one run of groups takes that share launches: the first kernels of all, then the second ones."""
-    stages = zip_longest(
-        *([work_of(k, sizes, machine) for k in taken(group, sizes)] for group, sizes in groups)
+    """What one run of groups takes that share launches: the first kernels of all, then the second ones.
+
+    rows: on a GPU the items in a block of each group, where those differ.
+    """
+    stages = list(
+        zip_longest(*([work_of(k, sizes, machine) for k in taken(group, sizes)] for group, sizes in groups))
     )
     launches = [[work for work in stage if work is not None] for stage in stages]
     if machine.gpu is not None:
-        parts = [_on_gpu(works, machine, machine.gpu, block or Block()) for works in launches]
+        block = block or Block()
+        items = rows or [block.items] * len(groups)
+        blocks = [
+            sum(-(-w.items // n) for w, n in zip(s, items, strict=True) if w is not None) for s in stages
+        ]
+        parts = [_on_gpu(w, machine, machine.gpu, block, n) for w, n in zip(launches, blocks, strict=True)]
         return _sum(parts, machine.node * len(parts))
     used = max(1, machine.cores if threads is None else min(threads, machine.cores))
     tensors = sum(len(group.inputs) + len(group.outputs) for group, _ in groups)
@@ -186,9 +195,9 @@ def _launch(works: Sequence[Work], machine: Machine, threads: int) -> Cost:
     )
 
 
-def _on_gpu(works: Sequence[Work], machine: Machine, gpu: Gpu, block: Block) -> Cost:
+def _on_gpu(works: Sequence[Work], machine: Machine, gpu: Gpu, block: Block, blocks: int) -> Cost:
     """Blocks compute items, threads lanes; rates are those of all multiprocessors together."""
-    share = reached(gpu, block, sum(-(-work.items // block.items) for work in works))
+    share = reached(gpu, block, blocks)
     core = sum(_core(stretch, machine)[0] for work in works for stretch in work.stretches)
     moved = _moved(works, machine, gpu.multiprocessors)
     memory = {

@@ -6,14 +6,13 @@ what stays in flight, takes one of them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from apollo_fuse.codegen.launches import GpuCode, Variant, gpu_form
-from apollo_fuse.codegen.stitched import runs, shares, writer, writes
+from apollo_fuse.codegen.launches import GpuCode, Kinds, Variant, gpu_form
+from apollo_fuse.codegen.stitched import runs, writer, writes
 from apollo_fuse.codegen.triton.compile import Binary, Job, compile_kernels
-from apollo_fuse.codegen.triton.emit import Launch, Program, emit
+from apollo_fuse.codegen.triton.emit import Launch, Program, emit, emit_stitched
 from apollo_fuse.cost import Cost, bound, cost_of, cost_of_stitch, taken
 from apollo_fuse.cpu import default_threads
 from apollo_fuse.dtypes import DType
@@ -36,7 +35,7 @@ _MOST_THREADS = 1024
 class GpuKernels:
     """For each variant of a kernel or stitch its reports by GPU, and what a library holds.
 
-    dumps: kernels in their stitched form, by file name.
+    dumps: what members of stitches share, in Triton, by file name.
     """
 
     reports: Mapping[str, Mapping[str, GpuReport]]
@@ -89,22 +88,19 @@ def on_gpus(
         binaries = {gpu: alone[gpu][candidate.variant] for gpu in options.gpus}
         variants[candidate.name].append(Variant(extents, binaries))
     joined = [x for x in stitches if all(member.name in launches for member in x.members)]
-    stitched = _stitched(joined, launches, alone, options)
+    stitched = _stitched(joined, launches, options)
     for x in joined:
         reports[x.variant] = {
-            str(gpu): _report_of_stitch(x, launches, alone[gpu], stitched, gpu, sizes) for gpu in options.gpus
+            str(gpu): _report_of_stitch(x, launches, alone[gpu], stitched.binaries, gpu, sizes)
+            for gpu in options.gpus
         }
     forms = {
         candidate.name: gpu_form(
-            candidate.group,
-            candidate.name,
-            launches[candidate.name],
-            variants[candidate.name],
-            stitched.binaries.get(candidate.name, {}),
+            candidate.group, candidate.name, launches[candidate.name], variants[candidate.name]
         )
         for candidate, _ in jobs
     }
-    return GpuKernels(reports, GpuCode(forms, stitched.writer), stitched.texts)
+    return GpuKernels(reports, GpuCode(forms, stitched.binaries, stitched.writer), stitched.texts)
 
 
 def _chosen(
@@ -173,50 +169,37 @@ def _alone(group: KernelGroup, kernel: Kernel) -> KernelGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Stitched:
-    """Kernels of stitches: their binaries by name and GPU, and what writes the tables of members."""
+    """Kernels that share launches: their binaries, what writes their tables, and texts by file name."""
 
-    binaries: Mapping[str, Mapping[GpuTarget, Sequence[Binary]]]
+    binaries: Mapping[Kinds, Mapping[GpuTarget, Binary]]
     writer: Mapping[GpuTarget, Binary]
     texts: Mapping[str, str]
 
 
 def _stitched(
-    stitches: Iterable[Stitch],
-    launches: Mapping[str, Sequence[Launch]],
-    alone: Mapping[GpuTarget, Mapping[str, Sequence[Binary]]],
-    options: Options,
+    stitches: Iterable[Stitch], launches: Mapping[str, Sequence[Launch]], options: Options
 ) -> _Stitched:
-    """The kernels that some stitch has several of, in that form, with the warps of most of their members."""
-    several: dict[str, Counter[str]] = {}
-    of_variant: dict[str, Candidate] = {}
+    """What the launches that the stitches share take, each distinct one once."""
+    programs: dict[Kinds, Program] = {}
+    texts: dict[str, str] = {}
     for x in stitches:
         names = [member.name for member in x.members]
-        if shares(names, launches):
-            together = {name for name, count in runs(names) if count > 1}
-            for member in x.members:
-                if member.name in together:
-                    several.setdefault(member.name, Counter())[member.variant] += 1
-                    of_variant[member.variant] = member
-    groups = {name: of_variant[uses.most_common(1)[0][0]] for name, uses in several.items()}
-    programs: dict[str, Program] = {}
-    for name, candidate in groups.items():
-        program = emit(candidate.group, name, f"{name}, members of a stitch", stitched=True)
-        assert isinstance(program, Program), program  # its other form is none either
-        programs[name] = program
-    binaries: dict[str, dict[GpuTarget, list[Binary]]] = {name: {} for name in groups}
+        groups = {member.name: member.group for member in x.members}
+        for number, run in enumerate(runs(names, launches)):
+            if len(run.members) == 1:
+                continue
+            kinds = run.kinds(names), run.kernel
+            if kinds not in programs:
+                programs[kinds] = emit_stitched([(name, groups[name], run.kernel) for name in kinds[0]])
+            texts[f"{x.name}.{number}.triton.py"] = programs[kinds].text
+    binaries: dict[Kinds, dict[GpuTarget, Binary]] = {kinds: {} for kinds in programs}
     writers: dict[GpuTarget, Binary] = {}
     workers = options.threads or default_threads()
-    for gpu in options.gpus if groups else ():
-        jobs = [
-            Job(program.text, replace(launch, warps=own.threads // gpu.warp), _types(groups[name].group))
-            for name, program in programs.items()
-            for launch, own in zip(program.launches, alone[gpu][groups[name].variant], strict=True)
-        ]
+    for gpu in options.gpus if programs else ():
+        jobs = [Job(program.text, program.launches[0], {}) for program in programs.values()]
         writers[gpu], *found = compile_kernels([writer(), *jobs], gpu, options.cache_dir, workers)
-        compiled = iter(found)
-        for name, program in programs.items():
-            binaries[name][gpu] = [next(compiled) for _ in program.launches]
-    texts = {f"{name}.stitched.triton.py": program.text for name, program in programs.items()}
+        for kinds, binary in zip(programs, found, strict=True):
+            binaries[kinds][gpu] = binary
     return _Stitched(binaries, writers, texts)
 
 
@@ -224,26 +207,30 @@ def _report_of_stitch(
     stitch: Stitch,
     launches: Mapping[str, Sequence[Launch]],
     alone: Mapping[str, Sequence[Binary]],
-    stitched: _Stitched,
+    stitched: Mapping[Kinds, Mapping[GpuTarget, Binary]],
     target: GpuTarget,
     sizes: Mapping[Symbol, int],
 ) -> GpuReport:
-    """A launch for each run of equal kernels, and those that write the table; else one for each kernel."""
+    """Those of a run: launches that members share, and those that write the table."""
     names = [member.name for member in stitch.members]
-    together = shares(names, launches)
-    members = iter(stitch.members)
+    shared = runs(names, launches)
     started: list[_Compiled] = []
-    for name, count in runs(names) if together else ((name, 1) for name in names):
-        own = [next(members) for _ in range(count)]
-        extents = [_extents(member, sizes) for member in own]
-        group = own[0].group
-        binaries = stitched.binaries[name][target] if count > 1 else alone[own[0].variant]
-        for kernel, binary in zip(group.kernels, binaries, strict=True):
-            taking = [(_alone(group, kernel), x) for x in extents if kernel in taken(group, x)]
-            if taking:
-                cost = cost_of_stitch(taking, target.machine, block=_block(binary))
-                started.append(_Compiled(binary, cost))
-    return _report(started, target, writes(names, launches) if together else 0)
+    for run in shared:
+        taking: list[tuple[KernelGroup, Mapping[Symbol, int]]] = []
+        rows: list[int] = []
+        for member in (stitch.members[place] for place in run.members):
+            kernel, extents = member.group.kernels[run.kernel], _extents(member, sizes)
+            if kernel in taken(member.group, extents):
+                taking.append((_alone(member.group, kernel), extents))
+                rows.append(launches[member.name][run.kernel].rows)
+        if len(run.members) > 1:
+            binary = stitched[run.kinds(names), run.kernel][target]
+        else:
+            binary = alone[stitch.members[run.members[0]].variant][run.kernel]
+        if taking:
+            block = _block(binary)
+            started.append(_Compiled(binary, cost_of_stitch(taking, target.machine, block=block, rows=rows)))
+    return _report(started, target, writes(shared, names, launches))
 
 
 def _report(kernels: Sequence[_Compiled], target: GpuTarget, writes: int = 0) -> GpuReport:

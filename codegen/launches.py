@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import index_checks, names_in, unpack
-from apollo_fuse.codegen.stitched import shares
+from apollo_fuse.codegen.stitched import runs
 from apollo_fuse.codegen.table import Node, listed
 from apollo_fuse.codegen.triton.compile import Binary
 from apollo_fuse.codegen.triton.emit import Launch
@@ -35,11 +36,16 @@ class GpuForm:
     launches: tuple[Launch, ...] = ()
 
 
+Kinds: TypeAlias = tuple[tuple[str, ...], int]
+"""Kernels that share a launch: the names of their groups, and which kernel of each."""
+
+
 @dataclass(frozen=True, slots=True)
 class GpuCode:
-    """What a library holds for GPUs: forms of kernel groups by name, and what writes tables of members."""
+    """What a library holds for GPUs: kernel groups by name, those that share launches, and their writer."""
 
     forms: Mapping[str, GpuForm] = field(default_factory=dict)
+    stitched: Mapping[Kinds, Mapping[GpuTarget, Binary]] = field(default_factory=dict)
     writer: Mapping[GpuTarget, Binary] = field(default_factory=dict)
 
 
@@ -55,16 +61,9 @@ class Variant:
 
 
 def gpu_form(
-    group: KernelGroup,
-    name: str,
-    launches: Sequence[Launch],
-    variants: Sequence[Variant],
-    stitched: Mapping[GpuTarget, Sequence[Binary]],
+    group: KernelGroup, name: str, launches: Sequence[Launch], variants: Sequence[Variant]
 ) -> GpuForm:
-    """The form of the group called `name`; a run takes the binaries of the variant that is nearest.
-
-    stitched: binaries of the launches in their stitched form, of a group that some stitch has several of.
-    """
+    """The form of the group called `name`; a run takes the binaries of the variant that is nearest."""
     values = [v.name for v in (*group.inputs, *group.outputs, *group.temporaries)]
     extents = [extent.symbol.name for extent in group.extents]
     lines = ['#include "launch.h"', "", "#include <stdio.h>"]
@@ -83,10 +82,9 @@ def gpu_form(
             _scratch_bytes(group, launch, f"scratch_bytes_{k}"),
             *(_images(own, dict(compiled)) for compiled, own in names.items()),
             f"static const af_binary *const binaries_{k}[] = {{{lists}}};",
-            _images(f"stitched_{k}", {target: compiled[k] for target, compiled in stitched.items()}),
         ]
         counts = f"{launch.rows}, {len(tensors)}, {len(launch.scratch)}, {len(counted)}"
-        places = f"tensors_{k}, extents_{k}, scratch_bytes_{k}, binaries_{k}, stitched_{k}"
+        places = f"tensors_{k}, extents_{k}, scratch_bytes_{k}, binaries_{k}"
         entries.append(f'{{"{launch.kernel}", {counts}, {places}}}')
     numbers = listed(number for variant in variants for number in variant.extents)
     lines += [
@@ -112,18 +110,32 @@ def gpu_table(nodes: Sequence[Node], code: GpuCode) -> str:
     lines = ['#include "launch.h"', _images("writer", code.writer)]
     lines.append("const af_binary *const af_writer = writer;")
     lines += [f"extern const af_gpu_op {name}_gpu;" for name in sorted(forms)]
+    stitched = {kinds: f"stitched_{number}" for number, kinds in enumerate(code.stitched)}
+    lines += [_images(name, code.stitched[kinds]) for kinds, name in stitched.items()]
     entries: list[str] = []
     for number, node in enumerate(nodes):
         on_host = _on_host(node, forms)
         if on_host is None:
-            entries.append("{NULL, NULL, 0}")
+            entries.append("{NULL, NULL, 0, NULL}")
             continue
         ops = listed(f"&{name}_gpu" for name in node.ops)
         lines += [
             f"static const af_gpu_op *const ops_{number}[] = {{{ops}}};",
             f"static const uint8_t on_host_{number}[] = {{{listed(map(int, on_host))}}};",
         ]
-        entries.append(f"{{ops_{number}, on_host_{number}, {int(shares(node.ops, launches))}}}")
+        starts: list[str] = []
+        for place, run in enumerate(runs(node.ops, launches)):
+            kinds = run.kinds(node.ops)
+            own = f"{number}_{place}"
+            of_members = listed(kinds.index(node.ops[member]) for member in run.members)
+            binaries = stitched[kinds, run.kernel] if len(run.members) > 1 else "NULL"
+            lines += [
+                f"static const int32_t members_{own}[] = {{{listed(run.members)}}};",
+                f"static const int32_t kinds_{own}[] = {{{of_members}}};",
+            ]
+            starts.append(f"{{{run.kernel}, {len(run.members)}, members_{own}, kinds_{own}, {binaries}}}")
+        lines.append(f"static const af_run runs_{number}[] = {{{listed(starts)}}};")
+        entries.append(f"{{ops_{number}, on_host_{number}, {len(starts)}, runs_{number}}}")
     lines.append(f"const af_gpu_node af_gpu_nodes[] = {{{listed(entries)}}};")
     return "\n".join(lines) + "\n"
 

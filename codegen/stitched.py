@@ -1,16 +1,16 @@
 """Members of a stitch that share launches on a GPU (Layer III), and the table that tells them apart.
 
-Each run of equal kernels is one launch, of which each member has a range of programs: as many launches as
-there are kernels, however many tensors.  The arguments of all members are more than a launch can carry, so
-they lie in a table, in memory that onnxruntime gives for the run.  Launches of a kernel that does nothing
-else carry them there, as arguments by value: a captured graph keeps those, and no host memory has to
-outlive the run.
+Kernels of a level that have blocks of equally many threads are one launch, of which each member has a
+range of programs: few launches, however many tensors there are, and no kernel has threads that it has no
+use for.  The arguments of all members are more than a launch can carry, so they lie in a table, in memory
+that onnxruntime gives for the run.  Launches of a kernel that does nothing else carry them there, as
+arguments by value: a captured graph keeps those, and no host memory has to outlive the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from dataclasses import dataclass
 
 from apollo_fuse.codegen.triton.compile import Job
 from apollo_fuse.codegen.triton.emit import Launch
@@ -23,25 +23,48 @@ WRITTEN = 480
 """Values that one launch writes to the table: of 4 KiB of arguments, which every device takes, almost all."""
 
 
-def runs(ops: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """The kernel groups of a node that are launched together, by name, each with its members."""
-    for name, equal in groupby(ops):
-        left = len(list(equal))
-        while left:
-            yield name, min(left, MEMBERS)
-            left -= min(left, MEMBERS)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Kernels of a node that are one launch: the one at place `kernel` of each of these of its ops."""
+
+    kernel: int
+    members: tuple[int, ...]
+
+    def kinds(self, ops: Sequence[str]) -> tuple[str, ...]:
+        """The distinct ops among the members, which follow each other."""
+        return tuple(dict.fromkeys(ops[place] for place in self.members))
 
 
-def writes(ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> int:
+def runs(ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> tuple[Run, ...]:
+    """The launches of a node: shared ones where those are fewer, with those that write the table."""
+    shared = tuple(_shared(ops, launches))
+    alone = tuple(Run(run.kernel, (place,)) for run in shared for place in run.members)
+    return shared if len(shared) + writes(shared, ops, launches) < len(alone) else alone
+
+
+def _shared(ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> Iterator[Run]:
+    """The first kernels of all ops, then the second ones, as on the CPU."""
+    kind = {name: number for number, name in enumerate(dict.fromkeys(ops))}
+    for stage in range(max(len(launches[name]) for name in ops)):
+        by_warps: dict[int, list[int]] = {}
+        for place, name in enumerate(ops):
+            if stage < len(launches[name]):
+                by_warps.setdefault(launches[name][stage].warps, []).append(place)
+        for places in by_warps.values():
+            places.sort(key=lambda place: kind[ops[place]])
+            for start in range(0, len(places), MEMBERS):
+                yield Run(stage, tuple(places[start : start + MEMBERS]))
+
+
+def writes(shared: Sequence[Run], ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> int:
     """Launches that write the table of a node."""
-    values = (count * (1 + k.width) for name, count in runs(ops) if count > 1 for k in launches[name])
-    return -(-sum(values) // WRITTEN)
-
-
-def shares(ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> bool:
-    """Whether a node takes fewer launches where its members share them."""
-    together = sum(len(launches[name]) for name, _ in runs(ops))
-    return together + writes(ops, launches) < sum(len(launches[name]) for name in ops)
+    values = sum(
+        2 + launches[ops[place]][run.kernel].width
+        for run in shared
+        if len(run.members) > 1
+        for place in run.members
+    )
+    return -(-values // WRITTEN)
 
 
 def writer() -> Job:

@@ -30,9 +30,9 @@ from apollo_fuse import driver, gpu_kernels, onnx_io
 from apollo_fuse.acceptance import needed_values
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
-from apollo_fuse.codegen.stitched import runs, shares, writer, writes
+from apollo_fuse.codegen.stitched import runs, writer, writes
 from apollo_fuse.codegen.triton.compile import Binary, Job
-from apollo_fuse.codegen.triton.emit import Launch, Program, emit
+from apollo_fuse.codegen.triton.emit import Launch, Program, emit, emit_stitched
 from apollo_fuse.cost import bound, taken
 from apollo_fuse.extents import evaluate
 from apollo_fuse.fusion import Candidate
@@ -269,30 +269,30 @@ def expected(swap: Swap, inputs: Sequence[Sequence[Array]]) -> Iterator[Start]:
     """What emit says that a run of the node launches, from the inputs of each of its kernels."""
     every = members(swap)
     names = [member.name for member in every]
-    alone = {member.name: _emitted(member, False) for member in every}
-    launches = {name: program.launches for name, program in alone.items()}
-    shared = shares(names, launches)
-    yield from [Start("write", WRITER.text, 1, ())] * (writes(names, launches) if shared else 0)
-    place = 0
-    for name, length in runs(names) if shared else ((name, 1) for name in names):
-        program = _emitted(every[place], True) if length > 1 else alone[name]
-        own = range(place, place + length)
-        for launch in program.launches:
-            found = [_start(every[x], launch, inputs[x], program.text) for x in own]
-            if total := sum(start.programs for start in found):
-                numbers = (length,) if length > 1 else found[0].extents
-                yield Start(launch.kernel, program.text, total, numbers)
-        place += length
+    programs: dict[str, Program] = {}
+    for member in every:
+        program = emit(member.group, member.name, member.name)
+        assert isinstance(program, Program)
+        programs[member.name] = program
+    launches = {name: program.launches for name, program in programs.items()}
+    found = runs(names, launches)
+    yield from [Start("write", WRITER.text, 1, ())] * writes(found, names, launches)
+    groups = {member.name: member.group for member in every}
+    for run in found:
+        starts = [
+            _start(every[place], launches[names[place]][run.kernel], inputs[place]) for place in run.members
+        ]
+        total = sum(programs for programs, _ in starts)
+        if total and len(run.members) > 1:
+            stitched = emit_stitched([(name, groups[name], run.kernel) for name in run.kinds(names)])
+            yield Start("stitch", stitched.text, total, (len(run.members),))
+        elif total:
+            name = names[run.members[0]]
+            yield Start(launches[name][run.kernel].kernel, programs[name].text, total, starts[0][1])
 
 
-def _emitted(candidate: Candidate, stitched: bool) -> Program:
-    comment = f"{candidate.name}, members of a stitch" if stitched else candidate.name
-    program = emit(candidate.group, candidate.name, comment, stitched)
-    assert isinstance(program, Program)
-    return program
-
-
-def _start(candidate: Candidate, launch: Launch, inputs: Sequence[Array], text: str) -> Start:
+def _start(candidate: Candidate, launch: Launch, inputs: Sequence[Array]) -> tuple[int, tuple[int, ...]]:
+    """How many programs the kernel takes, and with which extents."""
     group = candidate.group
     elements = {place: array.reshape(-1).tolist() for place, array in enumerate(inputs) if array.ndim < 2}
     sizes = bound(group, [array.shape for array in inputs], elements)
@@ -300,7 +300,7 @@ def _start(candidate: Candidate, launch: Launch, inputs: Sequence[Array], text: 
     items = evaluate(launch.items, sizes) if taking else 0
     assert items is not None
     extents = tuple(sizes[Symbol(name)] for name in launch.extents)
-    return Start(launch.kernel, text, -(-items // launch.rows), extents)
+    return -(-items // launch.rows), extents
 
 
 def _tensor(address: int, dtype: np.dtype) -> interpreter._Tensor:

@@ -165,7 +165,10 @@ def test_a_node_with_an_input_on_host_and_device_has_no_form() -> None:
     unknown = Node("Unknown", ("a", "c"), (0, 1, 2), 3)
     table = gpu_table([apart, clash, unknown], GpuCode(forms))
     assert "on_host_0[] = {0, 1, 0}" in table
-    assert "af_gpu_nodes[] = {{ops_0, on_host_0, 0}, {NULL, NULL, 0}, {NULL, NULL, 0}}" in table
+    assert (
+        "af_gpu_nodes[] = {{ops_0, on_host_0, 0, runs_0}, {NULL, NULL, 0, NULL}, {NULL, NULL, 0, NULL}}"
+        in table
+    )
 
 
 # ----------------------------------------------------------------------------------- real binaries

@@ -1,4 +1,4 @@
-"""Members of a stitch share launches on a GPU: each kernel is one, and each member a range of programs."""
+"""Members of a stitch share launches on a GPU, in which each of them has a range of programs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import onnx.parser
 import pytest
 
 from apollo_fuse import Options, fuse
-from apollo_fuse.codegen.stitched import MEMBERS, WRITTEN, runs, shares, writer, writes
+from apollo_fuse.codegen.stitched import MEMBERS, WRITTEN, Run, runs, writer, writes
 from apollo_fuse.codegen.triton.compile import Job, compile_kernels
-from apollo_fuse.codegen.triton.emit import Launch, Program, emit
-from apollo_fuse.gpu import GpuTarget
+from apollo_fuse.codegen.triton.emit import Launch, emit_stitched
+from apollo_fuse.gpu import KNOWN, GpuTarget
 from apollo_fuse.index import ONE
 from apollo_fuse.passes.parallelism_stitching import ParallelismStitching
 from models import memory_bound
 from tests.fusing import reference_session
 from tests.interpreted import candidates_of
 from tests.stub import Launched, Pretended, Process, Ran, Stub, fused, patched, run
-from tests.test_launches import check
+from tests.test_launches import argument_bytes, check
 
 Array = np.ndarray
 
@@ -83,7 +83,7 @@ def test_more_members_than_a_launch_has_are_several(process: Process, tmp_path: 
     model = each(members, "3", CHAIN)
     ran = process(run_wide, model, feeds_of(model, dict.fromkeys(range(members), (3,))), tmp_path)
     assert ran.launched == ran.expected
-    assert launched(ran) == {"write": -(-members * 3 // WRITTEN), "other": 2}
+    assert launched(ran) == {"write": -(-members * 4 // WRITTEN), "other": 2}
     for right, found in ran.outputs:
         np.testing.assert_allclose(found, right, rtol=1e-5)
 
@@ -128,38 +128,77 @@ def test_members_with_scratch_have_their_own(process: Process, tmp_path: Path) -
     check(process, model, feeds_of(model, {k: (2 + k, 2000 + 100 * k) for k in range(3)}), tmp_path)
 
 
-def launch(name: str, tensors: int) -> Launch:
-    return Launch(name, tuple(f"in{k}" for k in range(tensors)), (), (), None, 1, 1, ONE, 0)
+def test_different_kernels_are_one_launch_and_keep_their_results(process: Process, tmp_path: Path) -> None:
+    bodies = [
+        CHAIN,
+        "a# = Sigmoid(x#) z# = Mul(a#, x#)",
+        "a# = Exp(x#) b# = Add(a#, a#) z# = Neg(b#)",
+        "a# = ReduceSum<keepdims=1>(x#) b# = Exp(x#) z# = Div(b#, a#)",
+    ]
+    inputs, outputs = (", ".join(f"float[n{k}, 40] {name}{k}" for k in range(8)) for name in "xz")
+    model = text_model(inputs, outputs, " ".join(bodies[k % 4].replace("#", str(k)) for k in range(8)))
+    feeds = feeds_of(model, {k: (3 + k, 40) for k in range(8)})
+    ran = check(process, model, feeds, tmp_path)
+    kinds = {start.extents: start.module.count("    if kind == ") for start in ran.launched if start.extents}
+    assert kinds == {
+        (8,): 4,
+        (2,): 1,
+    }  # the sums of all elements, and with them what is ready; then what divides
+    assert launched(ran) == {"write": 1, "other": 2}
 
 
-def test_equal_ops_side_by_side_are_a_run() -> None:
-    assert list(runs(["a", "a", "b", "a"])) == [("a", 2), ("b", 1), ("a", 1)]
-    assert list(runs(["a"] * (MEMBERS + 2))) == [("a", MEMBERS), ("a", 2)]
+def launch(name: str, tensors: int, warps: int = 1) -> Launch:
+    return Launch(name, tuple(f"in{k}" for k in range(tensors)), (), (), None, warps, 1, ONE, 0)
+
+
+def test_kernels_of_a_stage_share_a_launch_where_their_blocks_are_as_large() -> None:
+    launches = {
+        "a": [launch("k0", 2), launch("k1", 1)],
+        "b": [launch("k0", 2)],
+        "c": [launch("k0", 2, warps=4)],
+    }
+    ops = ["a", "b", "c", "a", "c", "b"]
+    assert runs(ops, launches) == (Run(0, (0, 3, 1, 5)), Run(0, (2, 4)), Run(1, (0, 3)))
+    assert Run(0, (0, 3, 1, 5)).kinds(ops) == ("a", "b")
+
+
+def test_a_launch_has_so_many_members_at_most() -> None:
+    found = runs(["a"] * (MEMBERS + 2), {"a": [launch("k0", 2)]})
+    assert [len(run.members) for run in found] == [MEMBERS, 2]
 
 
 def test_launches_are_shared_where_that_takes_fewer() -> None:
     launches = {"a": [launch("k0", 2)], "b": [launch("k0", 2), launch("k1", WRITTEN)]}
-    assert not shares(["a", "a"], launches)  # one, and one that writes the table
-    assert shares(["a", "a", "a"], launches)
-    assert shares(["a"] * 160, launches) and writes(["a"] * 160, launches) == 1
-    assert writes(["a"] * 161, launches) == 2
-    assert not shares(["b", "b", "b"], launches)  # 2 launches in place of 6, and 4 for the table
-    assert not shares(["a", "b"], launches)
+
+    def alone(*ops: str) -> bool:
+        return all(len(run.members) == 1 for run in runs(ops, launches))
+
+    assert alone("a", "a")  # one, and one that writes the table
+    assert not alone("a", "a", "a")
+    assert alone("b", "b", "b")  # 2 launches in place of 6, and 4 for the table
 
 
-def test_a_stitched_kernel_takes_a_table(tmp_path: Path) -> None:
+def test_the_table_is_written_in_as_many_launches_as_its_values_take() -> None:
+    launches = {"a": [launch("k0", 2)]}
+    for members, count in ((120, 1), (121, 2)):
+        ops = ["a"] * members
+        assert writes(runs(ops, launches), ops, launches) == count
+
+
+@pytest.mark.parametrize("target", KNOWN, ids=str)
+def test_stitched_kernels_take_a_table(target: GpuTarget, tmp_path: Path) -> None:
     _, (candidate,) = candidates_of(memory_bound.softmax("rows", 64), tmp_path)
-    program = emit(candidate.group, candidate.name, candidate.name, stitched=True)
-    assert isinstance(program, Program)
-    group = candidate.group
-    job = Job(program.text, program.launches[0], {v.name: v.dtype for v in (*group.inputs, *group.outputs)})
-    written = writer()
-    (binary, table) = compile_kernels([job, written], GpuTarget("cuda", "90"), tmp_path, 2)
-    kinds = re.findall(r"\.param (\.u\d+)", binary.text.read_text())
-    assert kinds == [".u64", ".u32", ".u64", ".u64"]
-    bytes_ = {".u64": 8, ".u32": 4}
-    assert sum(bytes_[kind] for kind in re.findall(r"\.param (\.u\d+)", table.text.read_text())) <= 4096
-    assert "ld.global.v4" in binary.text.read_text()  # rows that are a multiple of 16 bytes apart
+    program = emit_stitched([(candidate.name, candidate.group, 0)])
+    jobs = [Job(program.text, program.launches[0], {}), writer()]
+    binary, table = compile_kernels(jobs, target, tmp_path, 2)
+    if target.backend == "hip":
+        assert argument_bytes(binary.path, "stitch") == 32  # with the room that a number of 32 bits leaves
+        assert argument_bytes(table.path, "write") <= 4096
+        return
+    text = binary.text.read_text()
+    assert re.findall(r"\.param (\.u\d+)", text) == [".u64", ".u32", ".u64", ".u64"]
+    assert 8 * len(re.findall(r"\.param \.u64", table.text.read_text())) <= 4096
+    assert "ld.global.v4" in text  # the tensors are known to be aligned
 
 
 def test_the_report_counts_what_a_stitch_launches(tmp_path: Path) -> None:
@@ -173,5 +212,5 @@ def test_the_report_counts_what_a_stitch_launches(tmp_path: Path) -> None:
     assert (together.launches, alone.launches) == (2, 1)
     assert together.compulsory_bytes == 40 * alone.compulsory_bytes
     assert alone.predicted_us < together.predicted_us < 5 * alone.predicted_us
-    (written,) = (tmp_path / "dump").glob("*.stitched.triton.py")
-    assert "number, own = af.member(members, count, " in written.read_text()
+    (written,) = (tmp_path / "dump").glob("Stitched_40_*.0.triton.py")
+    assert "number, own, kind = af.member(members, count)" in written.read_text()

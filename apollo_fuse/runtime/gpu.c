@@ -38,24 +38,15 @@ typedef struct gpu_kernel {
   const OrtMemoryInfo *memory; /* of the device */
   loaded_kernel *writer;       /* where the node shares launches */
   int32_t variant_count;       /* most of an op */
-  loaded_kernel *kernels[];    /* of each op of the node, in each stage, for each variant */
+  loaded_kernel *kernels[];    /* of each run for each variant, or for none where it is shared */
 } gpu_kernel;
 
-static loaded_kernel **kernels_at(gpu_kernel *self, int32_t op, int32_t stage) {
-  return &self->kernels[(op * self->op->stage_count + stage) * self->variant_count];
+static loaded_kernel **kernels_of(gpu_kernel *self, const af_run *run) {
+  return &self->kernels[(run - self->op->gpu->runs) * self->variant_count];
 }
 
 static size_t place_count(const gpu_kernel *self) {
-  return (size_t)self->op->node->op_count * (size_t)self->op->stage_count * (size_t)self->variant_count;
-}
-
-/* The first op behind those that share their launches with the op at `first`. */
-static int32_t run_end(const custom_op *self, int32_t first) {
-  const af_op *const *ops = self->node->ops;
-  int32_t end = first + 1;
-  if (self->gpu->shares)
-    while (end < self->node->op_count && ops[end] == ops[first] && end - first < AF_MEMBERS) end++;
-  return end;
+  return (size_t)self->op->gpu->run_count * (size_t)self->variant_count;
 }
 
 static void destroy_kernel(void *kernel) {
@@ -67,21 +58,18 @@ static void destroy_kernel(void *kernel) {
   free(self);
 }
 
-/* The kernels of a run stand at the places of its first op; the stitched form is one for all variants. */
 static OrtStatus *acquire_kernels(gpu_kernel *self, int device) {
-  const custom_op *op = self->op;
-  if (op->gpu->shares) RETURN_IF_FAILED(acquire(op, "write", af_writer, device, &self->writer));
-  for (int32_t first = 0, end; first < op->node->op_count; first = end) {
-    end = run_end(op, first);
-    for (int32_t k = 0; k < op->node->ops[first]->kernel_count; k++) {
-      const af_launch *launch = &op->gpu->ops[first]->launches[k];
-      loaded_kernel **kernels = kernels_at(self, first, k);
-      if (end - first > 1) {
-        RETURN_IF_FAILED(acquire(op, launch->name, launch->stitched, device, &kernels[0]));
-        continue;
-      }
-      for (int32_t v = 0; v < op->gpu->ops[first]->variant_count; v++)
-        RETURN_IF_FAILED(acquire(op, launch->name, launch->binaries[v], device, &kernels[v]));
+  const af_gpu_node *gpu = self->op->gpu;
+  for (const af_run *run = gpu->runs; run < gpu->runs + gpu->run_count; run++) {
+    const af_gpu_op *first = gpu->ops[run->members[0]];
+    const af_launch *launch = &first->launches[run->kernel];
+    loaded_kernel **kernels = kernels_of(self, run);
+    if (run->stitched) {
+      if (!self->writer) RETURN_IF_FAILED(acquire(self->op, "write", af_writer, device, &self->writer));
+      RETURN_IF_FAILED(acquire(self->op, "stitch", run->stitched, device, kernels));
+    } else {
+      for (int32_t v = 0; v < first->variant_count; v++)
+        RETURN_IF_FAILED(acquire(self->op, launch->name, launch->binaries[v], device, &kernels[v]));
     }
   }
   return NULL;
@@ -125,27 +113,8 @@ typedef struct call {
   void *stream;
 } call;
 
-/* Kernels that are one launch, or one that is alone: the kernel number `k` of the ops [first, end). */
-typedef struct run {
-  int32_t first, end, k;
-} run;
-
-/* Goes to the next run, of the first kernels of all ops and then of the second ones, as on the CPU; false behind
- * the last.  The one before the first is all zeros. */
-static bool next_run(const custom_op *self, run *run) {
-  do {
-    run->first = run->end;
-    if (run->first == self->node->op_count) {
-      run->first = 0;
-      if (++run->k == self->stage_count) return false;
-    }
-    run->end = run_end(self, run->first);
-  } while (run->k >= self->node->ops[run->first]->kernel_count);
-  return true;
-}
-
-static const af_launch *launch_of(const custom_op *self, run run) {
-  return &self->gpu->ops[run.first]->launches[run.k];
+static const af_launch *launch_of(const custom_op *self, const af_run *run, int32_t member) {
+  return &self->gpu->ops[run->members[member]]->launches[run->kernel];
 }
 
 static int32_t width_of(const af_launch *launch) {
@@ -174,13 +143,15 @@ static size_t place_scratch(const af_launch *launch, const int64_t *n, int64_t p
 static void count_memory(const custom_op *self, const part *parts, size_t *scratch, size_t *table) {
   int64_t values = 0;
   *scratch = 0;
-  for (run run = {0}; next_run(self, &run);) {
-    const af_launch *launch = launch_of(self, run);
+  for (const af_run *run = self->gpu->runs; run < self->gpu->runs + self->gpu->run_count; run++) {
     size_t bytes = 0;
-    for (int32_t p = run.first; p < run.end; p++)
-      bytes += place_scratch(launch, parts[p].n, programs_of(&parts[p], launch, run.k), NULL, NULL);
+    for (int32_t m = 0; m < run->count; m++) {
+      const af_launch *launch = launch_of(self, run, m);
+      const part *part = &parts[run->members[m]];
+      bytes += place_scratch(launch, part->n, programs_of(part, launch, run->kernel), NULL, NULL);
+      if (run->stitched) values += 2 + width_of(launch);
+    }
     if (bytes > *scratch) *scratch = bytes;
-    if (run.end - run.first > 1) values += (run.end - run.first) * (1 + width_of(launch));
   }
   *table = (size_t)((values + AF_WRITTEN - 1) / AF_WRITTEN * AF_WRITTEN) * sizeof(int64_t);
 }
@@ -227,34 +198,36 @@ static int32_t nearest_variant(const af_gpu_op *gpu, int32_t count, const int64_
   return nearest;
 }
 
-static OrtStatus *launch_alone(const call *self, run run) {
-  const part *part = &self->parts[run.first];
-  const af_launch *launch = launch_of(self->op, run);
-  const int64_t programs = programs_of(part, launch, run.k);
+static OrtStatus *launch_alone(const call *self, const af_run *run) {
+  const part *part = &self->parts[run->members[0]];
+  const af_launch *launch = launch_of(self->op, run, 0);
+  const int64_t programs = programs_of(part, launch, run->kernel);
   const int32_t width = width_of(launch);
   int64_t values[width + 1];
   void *arguments[width + 2];
   if (!programs) return NULL;
   place_arguments(part, launch, programs, self->scratch, values);
   for (int32_t i = 0; i < width; i++) arguments[i] = &values[i];
-  const int32_t v = nearest_variant(self->op->gpu->ops[run.first], part->op->symbol_count, part->n);
-  return start(self, kernels_at(self->kernel, run.first, run.k)[v], programs, arguments, width);
+  const int32_t v = nearest_variant(self->op->gpu->ops[run->members[0]], part->op->symbol_count, part->n);
+  return start(self, kernels_of(self->kernel, run)[v], programs, arguments, width);
 }
 
-static OrtStatus *launch_stitched(call *self, run run) {
-  const af_launch *launch = launch_of(self->op, run);
-  int32_t members = run.end - run.first;
+static OrtStatus *launch_stitched(call *self, const af_run *run) {
+  int32_t count = run->count;
   int64_t programs = 0;
-  void *table = self->table, *arguments[4] = {&table, &members};
-  for (int32_t p = run.first; p < run.end; p++) programs += programs_of(&self->parts[p], launch, run.k);
-  self->table += (size_t)(members * (1 + width_of(launch))) * sizeof(int64_t);
-  if (!programs) return NULL;
-  return start(self, kernels_at(self->kernel, run.first, run.k)[0], programs, arguments, 2);
+  void *table = self->table, *arguments[4] = {&table, &count};
+  for (int32_t m = 0; m < count; m++) {
+    const af_launch *launch = launch_of(self->op, run, m);
+    programs += programs_of(&self->parts[run->members[m]], launch, run->kernel);
+    self->table += (size_t)(2 + width_of(launch)) * sizeof(int64_t);
+  }
+  return programs ? start(self, *kernels_of(self->kernel, run), programs, arguments, 2) : NULL;
 }
 
 static OrtStatus *launch_kernels(call *self) {
-  for (run run = {0}; next_run(self->op, &run);)
-    RETURN_IF_FAILED(run.end - run.first > 1 ? launch_stitched(self, run) : launch_alone(self, run));
+  const af_gpu_node *gpu = self->op->gpu;
+  for (const af_run *run = gpu->runs; run < gpu->runs + gpu->run_count; run++)
+    RETURN_IF_FAILED(run->stitched ? launch_stitched(self, run) : launch_alone(self, run));
   return NULL;
 }
 
@@ -274,37 +247,40 @@ static OrtStatus *write_values(call *self, written *written) {
   return start(self, self->kernel->writer, 1, arguments, AF_WRITTEN + 1);
 }
 
-static OrtStatus *put(call *self, written *written, const int64_t *values, int32_t count) {
-  for (int32_t i = 0; i < count; i++) {
-    written->values[written->count++] = values[i];
-    if (written->count == AF_WRITTEN) RETURN_IF_FAILED(write_values(self, written));
-  }
-  return NULL;
+static OrtStatus *put(call *self, written *written, int64_t value) {
+  written->values[written->count++] = value;
+  return written->count < AF_WRITTEN ? NULL : write_values(self, written);
 }
 
-/* Where each member begins, then the arguments of each. */
-static OrtStatus *put_members(call *self, written *written, run run) {
-  const af_launch *launch = launch_of(self->op, run);
-  const int32_t width = width_of(launch);
-  int64_t begin = 0, values[width + 1];
+/* Where each member's programs begin, where its arguments lie and its kind, then the arguments of each. */
+static OrtStatus *put_members(call *self, written *written, const af_run *run) {
+  int64_t begin = 0, place = 0;
   char *scratch = self->scratch;
-  for (int32_t p = run.first; p < run.end; p++) {
-    RETURN_IF_FAILED(put(self, written, &begin, 1));
-    begin += programs_of(&self->parts[p], launch, run.k);
+  for (int32_t m = 0; m < run->count; m++) {
+    RETURN_IF_FAILED(put(self, written, begin));
+    begin += programs_of(&self->parts[run->members[m]], launch_of(self->op, run, m), run->kernel);
   }
-  for (int32_t p = run.first; p < run.end; p++) {
-    const part *part = &self->parts[p];
-    scratch = place_arguments(part, launch, programs_of(part, launch, run.k), scratch, values);
-    RETURN_IF_FAILED(put(self, written, values, width));
+  for (int32_t m = 0; m < run->count; m++) {
+    RETURN_IF_FAILED(put(self, written, (int64_t)run->kinds[m] << 32 | place));
+    place += width_of(launch_of(self->op, run, m));
+  }
+  for (int32_t m = 0; m < run->count; m++) {
+    const part *part = &self->parts[run->members[m]];
+    const af_launch *launch = launch_of(self->op, run, m);
+    const int32_t width = width_of(launch);
+    int64_t values[width + 1];
+    scratch = place_arguments(part, launch, programs_of(part, launch, run->kernel), scratch, values);
+    for (int32_t i = 0; i < width; i++) RETURN_IF_FAILED(put(self, written, values[i]));
   }
   return NULL;
 }
 
 static OrtStatus *write_tables(call *self) {
+  const af_gpu_node *gpu = self->op->gpu;
   char *table = self->table;
   written written = {.count = 0};
-  for (run run = {0}; next_run(self->op, &run);)
-    if (run.end - run.first > 1) RETURN_IF_FAILED(put_members(self, &written, run));
+  for (const af_run *run = gpu->runs; run < gpu->runs + gpu->run_count; run++)
+    if (run->stitched) RETURN_IF_FAILED(put_members(self, &written, run));
   if (written.count) RETURN_IF_FAILED(write_values(self, &written));
   self->table = table;
   return NULL;

@@ -23,12 +23,7 @@ typedef struct af_binary {
 
 /* How a kernel is started.  Its arguments are the addresses of `tensors`, then of `scratch_count` pieces of memory
  * that have room for each program, then `extents` as 64-bit integers, and two pointers that Triton adds for itself
- * and that no kernel of ours reads.
- *
- * In its stitched form it is for up to AF_MEMBERS equal ops in one launch.  Its arguments are the address of a table
- * and the number of members.  The table holds the first program of each member, then, member by member, the
- * arguments that it has alone, all of 64 bits. */
-#define AF_MEMBERS 256
+ * and that no kernel of ours reads. */
 typedef struct af_launch {
   const char *name; /* of the function in each module */
   int32_t items;    /* work items of the af_kernel that a program computes, the last one maybe fewer */
@@ -38,12 +33,7 @@ typedef struct af_launch {
   /* Writes the bytes of each piece of scratch that one program needs. */
   void (*scratch_bytes)(const int64_t *n, int64_t *bytes);
   const af_binary *const *binaries; /* for each variant of the op a list; what fits better comes first */
-  const af_binary *stitched;        /* those of the stitched form; empty where no node needs it */
 } af_launch;
-
-/* The kernel `write` puts its other arguments, AF_WRITTEN values of 64 bits, where its first one points. */
-#define AF_WRITTEN 480
-extern const af_binary *const af_writer; /* empty where no node shares launches */
 
 typedef struct af_gpu_op {
   const af_launch *launches; /* the kernels of the af_op, in the same order */
@@ -56,11 +46,28 @@ typedef struct af_gpu_op {
   const int64_t *variants;
 } af_gpu_op;
 
+/* Kernels that are one launch: for some ops of the node the one at this place.
+ *
+ * Where there are several, they are the members of a function called `stitch`, whose arguments are the address of a
+ * table and their number.  The table holds numbers of 64 bits: the first program of each member, then for each where
+ * its arguments lie behind all of these, its kind in the upper half, and then the arguments that each has alone. */
+typedef struct af_run {
+  int32_t kernel, count;
+  const int32_t *members;    /* places of the ops among the node's */
+  const int32_t *kinds;      /* for each member which kernel of the function it takes; they do not fall */
+  const af_binary *stitched; /* NULL where there is one member, which is launched alone */
+} af_run;
+
+/* The kernel `write` puts its other arguments, AF_WRITTEN values of 64 bits, where its first one points. */
+#define AF_WRITTEN 480
+extern const af_binary *const af_writer; /* empty where all kernels are launched alone */
+
 /* What belongs to the af_node at the same place of every af_table. */
 typedef struct af_gpu_node {
   const af_gpu_op *const *ops; /* those of the node's ops; NULL where the node has no form on GPUs */
   const uint8_t *on_host;      /* for each input of the node whether extents are read from its elements */
-  int32_t shares;              /* whether equal ops that follow each other share launches */
+  int32_t run_count;
+  const af_run *runs; /* one after the other */
 } af_gpu_node;
 
 extern const af_gpu_node af_gpu_nodes[];

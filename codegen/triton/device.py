@@ -149,17 +149,20 @@ def wrap(index, extent):
 
 
 @triton.jit
-def member(members, count, width: tl.constexpr):
-    """Of `count` kernels in one launch the program's own, each of which has a range of programs.
+def member(members, count):
+    """Of `count` members in one launch the program's own: each has a range of programs.
 
-    `members` holds the first program of each, then the `width` arguments of each. Gives the program's number
-    in its range, and where the arguments lie. An empty range begins where the next one does.
+    `members` holds the first program of each, then for each where its arguments lie behind these and, in the
+    upper half of the number, its kind; kinds do not fall. An empty range begins where the next one does.
+    Gives the program's number in its range, where the arguments lie, and the kind.
     """
     place = tl.arange(0, 256)
     first = tl.load(members + place, mask=place < count, other=2147483647).to(tl.int32)
     begun = first <= tl.program_id(0)
-    own = tl.sum(begun.to(tl.int32), 0) - 1
-    return tl.program_id(0) - tl.max(tl.where(begun, first, 0), 0), members + count + own * width
+    found = tl.load(members + count + place, mask=place < count, other=0)
+    own = tl.max(tl.where(begun, found, 0), 0)
+    number = tl.program_id(0) - tl.max(tl.where(begun, first, 0), 0)
+    return number, members + 2 * count + (own & 4294967295), own >> 32
 
 
 @triton.jit

@@ -4,8 +4,8 @@ A work item becomes a program, and its lane loops blocks (see `blocks`).  A redu
 several blocks keeps an accumulator for each lane, and combines them behind the loop.  Where a program reads
 what its threads have left in memory, they wait for each other first.
 
-In its stitched form a kernel is for several members of a stitch in one launch, each with a range of programs;
-a program then finds its arguments in a table.
+Kernels of a stitch that share a launch are functions of one module.  Each member has a range of programs; a
+program looks up which member it is of and calls that one's kernel, which finds its arguments in a table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from apollo_fuse.codegen.triton import expressions as t
 from apollo_fuse.codegen.triton.blocks import BLOCK, local_values, rows_for, warps_for, with_folds_in_lanes
 from apollo_fuse.codegen.triton.writer import NotEmitted, Writer
 from apollo_fuse.graph import Refused
-from apollo_fuse.index import Index
+from apollo_fuse.index import ONE, Index
 from apollo_fuse.kernel import Buffer, Kernel, KernelGroup, Scope, buffers_of
 
 RULE = "codegen.triton"
@@ -39,7 +39,8 @@ class Launch:
     A program computes `rows` items, the last one maybe fewer.
     Its arguments are the addresses of `tensors` and of `scratch`, which has room for each program, then the
     `extents` as 64-bit integers. `block` is the length of BLOCK, None where the kernel has none.
-    Where `stitched`, they lie in a table, and the arguments are its address and the number of members.
+    Where `stitched`, they lie in a table, and the arguments are its address and the number of members; the
+    launches of those alone tell the rest.
     """
 
     kernel: str
@@ -67,13 +68,13 @@ class Program:
     launches: tuple[Launch, ...]
 
 
-def emit(group: KernelGroup, name: str, comment: str, stitched: bool = False) -> Program | Refused:
-    """The module for a group, in its `stitched` form or else alone; `comment` says what it computes."""
+def emit(group: KernelGroup, name: str, comment: str) -> Program | Refused:
+    """The module for a group; `comment` says what it computes."""
     parts = [_HEAD.format(comment=comment)]
     launches: list[Launch] = []
     for kernel in group.kernels:
         try:
-            text, launch = _kernel(group, kernel, stitched)
+            text, launch = _kernel(group, kernel)
         except NotEmitted as problem:
             return Refused((name,), RULE, problem.args[0], problem.args[1])
         parts.append(text)
@@ -81,7 +82,30 @@ def emit(group: KernelGroup, name: str, comment: str, stitched: bool = False) ->
     return Program("\n\n".join(parts), tuple(launches))
 
 
-def _kernel(group: KernelGroup, kernel: Kernel, stitched: bool) -> tuple[str, Launch]:
+def emit_stitched(kernels: Sequence[tuple[str, KernelGroup, int]]) -> Program:
+    """The module for members of a stitch: of each kind its group by name, and which kernel of that.
+
+    Each of them has as many warps as all others.
+    """
+    parts = [_HEAD.format(comment=f"Of a stitch: {', '.join(name for name, _, _ in kernels)}")]
+    lines = [
+        "@triton.jit",
+        "def stitch(members, count):",
+        "    number, own, kind = af.member(members, count)",
+    ]
+    for kind, (name, group, place) in enumerate(kernels):
+        function = f"{name}_{group.kernels[place].name}".lower()
+        text, launch = _kernel(group, group.kernels[place], function)
+        parts.append(text)
+        block = "" if launch.block is None else f", {launch.block}"
+        lines += [f"    if kind == {kind}:", f"        {function}(number, own{block})"]
+    parts.append("\n".join(lines) + "\n")
+    shared = Launch("stitch", (), (), (), None, launch.warps, 1, ONE, 0, stitched=True)
+    return Program("\n\n".join(parts), (shared,))
+
+
+def _kernel(group: KernelGroup, kernel: Kernel, function: str = "") -> tuple[str, Launch]:
+    """The text of a kernel, or of a `function` for members of a stitch, and how a kernel is launched."""
     kernel = with_folds_in_lanes(kernel)
     known = kernel.items.constant
     if known is not None and known >= _LARGE:
@@ -91,7 +115,7 @@ def _kernel(group: KernelGroup, kernel: Kernel, stitched: bool) -> tuple[str, La
     scratch = tuple(b for b in kernel.buffers if b.scope is not Scope.GLOBAL and owners.get(b.name) == b.name)
     writer = Writer(kernel, values, owners, _is_wide(kernel, scratch))
     rows = rows_for(kernel) if not scratch else 1
-    program = writer.program(rows, "number" if stitched else "tl.program_id(0)")
+    program = writer.program(rows, "number" if function else "tl.program_id(0)")
     for buffer in scratch:
         writer.place(buffer, f"{buffer.name} + {program} * {writer.factor(buffer.size)}")
     for buffer in kernel.buffers:
@@ -104,24 +128,21 @@ def _kernel(group: KernelGroup, kernel: Kernel, stitched: bool) -> tuple[str, La
     extents = tuple(e.symbol.name for e in group.extents if e.symbol.name in writer.extents)
     block = BLOCK if writer.has_block else None
     warps = warps_for(kernel, rows)
-    launch = Launch(
-        kernel.name, tensors, scratch, extents, block, warps, rows, kernel.items, kernel.form, stitched
-    )
-    own = ("members", "count") if stitched else (*tensors, *(b.name for b in scratch), *extents)
+    launch = Launch(kernel.name, tensors, scratch, extents, block, warps, rows, kernel.items, kernel.form)
+    own = ("number", "own") if function else (*tensors, *(b.name for b in scratch), *extents)
     parameters = ", ".join((*own, *(() if block is None else ("BLOCK: tl.constexpr",))))
-    head = f"@triton.jit\ndef {kernel.name}({parameters}):\n"
+    head = f"@triton.jit\ndef {function or kernel.name}({parameters}):\n"
     lines = [f'    """{_taken(group, kernel, launch)}"""']
-    lines += [f"    {line}" for line in _arguments(group, launch)] if stitched else []
+    lines += [f"    {line}" for line in _arguments(group, launch)] if function else []
     return head + "\n".join([*lines, *writer.lines]) + "\n", launch
 
 
 def _arguments(group: KernelGroup, launch: Launch) -> list[str]:
-    """Finds the member that the program is of, and reads its arguments."""
+    """Reads the arguments of a member."""
     types = {v.name: v.dtype for v in (*group.inputs, *group.outputs, *group.temporaries)}
     pointers = {name: t.STORAGE[types[name]] for name in launch.tensors}
     pointers |= {buffer.name: t.STORAGE[buffer.dtype.compute] for buffer in launch.scratch}
-    lines = [f"number, own = af.member(members, count, {launch.width})"]
-    lines += [
+    lines = [
         f"{name} = af.tensor(own + {place}, {dtype})" for place, (name, dtype) in enumerate(pointers.items())
     ]
     lines += [f"{name} = tl.load(own + {len(pointers) + k})" for k, name in enumerate(launch.extents)]
@@ -145,8 +166,7 @@ def _taken(group: KernelGroup, kernel: Kernel, launch: Launch) -> str:
     where = f", where {' and '.join(conditions)}" if conditions else ""
     warps = f"{launch.warps} warp{'' if launch.warps == 1 else 's'}"
     block = "" if launch.block is None else f" and a BLOCK of {launch.block}"
-    whose = " of each member" if launch.stitched else ""
-    return f"Items{whose}: {kernel.items}{where}; {launch.rows} in each program of {warps}{block}."
+    return f"Items: {kernel.items}{where}; {launch.rows} in each program of {warps}{block}."
 
 
 def _owner(kernel: Kernel, buffer: Buffer, values: frozenset[str]) -> str:
