@@ -22,6 +22,7 @@ from apollo_fuse.bodies import bodies, graphs
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.measure import session_options
 from apollo_fuse.passes.extract_clusters import captured, operands
+from apollo_fuse.running import run
 from apollo_fuse.tolerance import Array
 
 Captured: TypeAlias = Array | list[Array] | None
@@ -63,8 +64,8 @@ class _Run:
         outputs = [v for node in graph for v in node.outputs if v in read or v.name in self.wanted]
         self.values |= feeds
         if outputs:
-            found = self._session(graph, outputs, feeds).run(None, dict(feeds))
-            self.values |= {v.name or "": array for v, array in zip(outputs, found, strict=True)}
+            found = run(self._session(graph, outputs, feeds), feeds)
+            self.values |= {v.name or "": array for v, array in zip(outputs, found, strict=True)}  # type: ignore[misc]
         for node, body in inside:
             try:
                 self.visit(body, self._first_feeds(node, body))

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
-import ml_dtypes
 import numpy as np
-import onnx
 import onnxruntime as ort
+
+from apollo_fuse.running import ort_value
 
 _SHORT = 50e-6
 """A run under this many seconds is repeated inside one reading: reading the clock costs too much of it."""
@@ -54,14 +54,6 @@ def session_options(threads: int, spinning: bool = False) -> ort.SessionOptions:
     options.log_severity_level = _SEVERITY_ERROR
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     return options
-
-
-def ort_value(array: np.ndarray) -> ort.OrtValue:
-    """The array as onnxruntime takes it, bfloat16 too, which numpy cannot name to it."""
-    contiguous = np.ascontiguousarray(array).reshape(array.shape)
-    if contiguous.dtype == ml_dtypes.bfloat16:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, onnx.TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(contiguous)
 
 
 def interleaved(

@@ -23,6 +23,11 @@ from apollo_fuse.wire import KEPT
 _FATAL = 4  # onnxruntime's log level that shows fatal errors only
 _WEIGHTS = "clean.bin"  # where onnxruntime writes the weights of the clean model
 _NOT_WRITTEN = "Protobuf serialization failed"
+_NOT_IMPLEMENTED = "Could not find an implementation"
+_IN_BFLOAT16 = (
+    ". It holds bfloat16, in which onnxruntime on a CPU moves, casts and normalises but does no arithmetic; "
+    "compute in float32 behind a Cast, or convert the model to float16"
+)
 _OVERRIDABLE_SINCE = 4  # the IR version from which an initialiser that is an input is a default value only
 
 
@@ -39,7 +44,8 @@ def load_clean(
 
     Raises ModelError when the file is missing, is no ONNX model, or onnxruntime does not accept it.
     """
-    original = ir.from_proto(_without_graph(onnx_files.read(path)))
+    proto = onnx_files.read(path)
+    original = ir.from_proto(_without_graph(proto))
     place = Path(tempfile.mkdtemp(dir=folder))
     target = place / "clean.onnx"
     options = ort.SessionOptions()
@@ -60,9 +66,10 @@ def load_clean(
             raise OutputError(
                 f"cannot write a working copy of {path} to {folder}; make room there, or set TMPDIR"
             ) from error
+        remedy = _IN_BFLOAT16 if _NOT_IMPLEMENTED in str(error) and _holds_bfloat16(proto) else ""
         raise ModelError(
             f"{path}: onnxruntime cannot load this model: {what_onnxruntime_says(error)}; "
-            "it has to run in onnxruntime before it can be fused"
+            f"it has to run in onnxruntime before it can be fused{remedy}"
         ) from error
     model = ir.load(target)
     if original.ir_version < _OVERRIDABLE_SINCE:
@@ -76,6 +83,13 @@ def load_clean(
     make_names_unique(model.graph)
     _keep_used_domains(model)
     return model
+
+
+def _holds_bfloat16(proto: onnx.ModelProto) -> bool:
+    """Whether weights or inputs are of this type, by which whole models are."""
+    types = [weight.data_type for weight in proto.graph.initializer]
+    types += [value.type.tensor_type.elem_type for value in proto.graph.input]
+    return onnx.TensorProto.BFLOAT16 in types
 
 
 def _keep_used_domains(model: ir.Model) -> None:

@@ -16,6 +16,7 @@ from apollo_fuse.expressions import Block, Instruction, Load
 from apollo_fuse.graph import Operator, Primitive, Refused, Value, used_outputs
 from apollo_fuse.index import Index, Indirect
 from apollo_fuse.operators import DESCRIPTIONS, Opener, Tensor, Unsupported
+from apollo_fuse.operators.opener import unheld
 
 RULE = "open_compound_ops"
 
@@ -92,7 +93,7 @@ def _operator(
             by_name[value.name] = value
             unread += [] if is_constant(source) else [value.name]
         elif not is_constant(source):
-            raise Unsupported(f"input {place} has an unknown shape or an unsupported type")
+            raise Unsupported(f"input {place} {unheld(source)}")
     reads = [n for p in primitives for n in _reads(p) if n in by_name]
     inputs = {n: by_name[n] for n in (*reads, *unread)}
     return Operator(

@@ -14,6 +14,7 @@ from apollo_fuse.driver import fuse
 from apollo_fuse.measure import session_options
 from apollo_fuse.options import InputShape, Options
 from apollo_fuse.report import Report
+from apollo_fuse.running import run
 
 Array = np.ndarray
 
@@ -31,8 +32,7 @@ class Fused:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
         """For each output what is expected and what the kernels found."""
         names = [output.name for output in self.original.get_outputs()]
-        expected = self.original.run(None, dict(feeds))
-        found = self.fused.run(None, dict(feeds))
+        expected, found = run(self.original, feeds), run(self.fused, feeds)
         return {
             name: (np.asarray(a), np.asarray(b)) for name, a, b in zip(names, expected, found, strict=True)
         }

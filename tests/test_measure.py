@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from apollo_fuse import measure
+from apollo_fuse.running import ort_value
 
 FEEDS = {"x": np.ones((2, 3), np.float32), "unused": np.ones(1, np.float32)}
 
@@ -130,8 +131,8 @@ def test_bfloat16_and_strided_inputs_can_be_measured() -> None:
     )
     assert timing.runs == 1
     strided = np.arange(6, dtype=np.float32).reshape(3, 2).T
-    np.testing.assert_array_equal(measure.ort_value(strided).numpy(), strided)
-    assert measure.ort_value(np.array(1.0, np.float32)).shape() == []
+    np.testing.assert_array_equal(ort_value(strided).numpy(), strided)
+    assert ort_value(np.array(1.0, np.float32)).shape() == []
 
 
 def test_a_model_whose_outputs_are_not_of_the_shape_that_it_declares_can_be_measured() -> None:

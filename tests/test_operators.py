@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -161,7 +162,7 @@ def edges(dtype: str) -> Array:
         limits = np.iinfo(kind)
         near = [0, 1, 2, 3, 5, 7, 100, limits.max, limits.max - 1, limits.min, limits.min + 1]
         return np.array([*near, *([-1, -2, -3, -7, -100] if limits.min else [])]).astype(kind)
-    info = np.finfo(kind)
+    info = ml_dtypes.finfo(kind)
     sizes = [0.0, 1.0, 0.5, 1.5, 2.5, 3.5, 0.49999997, 2.0, 3.0, 1e-3, 7.3, 30.0, 88.0, 100.0, 1e4]
     sizes += [
         float(info.smallest_subnormal),
@@ -664,7 +665,7 @@ def normalisations(dtype: str) -> Table:
     return Table(inputs, cases, constants)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", (*FLOATS, "bfloat16"))
 def test_normalisations(dtype: str, tmp_path: Path, cache: Path) -> None:
     table = normalisations(dtype)
     model = fused(table, tmp_path, cache, shapes(sized(table, {"n": 2, "m": 4})))
@@ -864,7 +865,7 @@ def padding(dtype: str) -> Table:
     return Table(inputs, [*PADS, *more], constants | ints(p4=[1, 0, 0, 2, 0, 0]))
 
 
-@pytest.mark.parametrize("dtype", ("float32", "float16", "int64", "uint8", "bool"))
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16", "int64", "uint8", "bool"))
 def test_padding(dtype: str, tmp_path: Path, cache: Path) -> None:
     table = padding(dtype)
     model = fused(table, tmp_path, cache, shapes(sized(table, {"n": 2})))
@@ -1059,7 +1060,7 @@ def moved(table: Table, n: int) -> dict[str, Array]:
     return feeds | {"j": random.integers(-9, 9, (n, 5)), "k": random.integers(-9, 9, (3, n)).astype(np.int32)}
 
 
-@pytest.mark.parametrize("dtype", ("float32", "float16", "int64", "uint8", "bool"))
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16", "int64", "uint8", "bool"))
 def test_movement(dtype: str, tmp_path: Path, cache: Path) -> None:
     table = movement(dtype)
     model = fused(table, tmp_path, cache, shapes(sized(table, {"n": 2})))

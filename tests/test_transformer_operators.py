@@ -83,7 +83,7 @@ def gated(dtype: str) -> Table:
     return Table(inputs, cases, constants)
 
 
-@pytest.mark.parametrize("dtype", ("float32", "float16"))
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
 def test_gated_activations_and_norms(dtype: str, tmp_path: Path, cache: Path) -> None:
     table = gated(dtype)
     model = fused(table, tmp_path, cache, shapes(sized(table, {"n": 2})))
@@ -144,7 +144,7 @@ def others(dtype: str) -> Table:
     return Table(inputs, cases, constants)
 
 
-@pytest.mark.parametrize("dtype", ("float32", "float16", "int64"))
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16", "int64"))
 def test_other_operators(dtype: str, tmp_path: Path, cache: Path) -> None:
     table = others(dtype)
     model = fused(table, tmp_path, cache, shapes(sized(table, {"n": 2, "m": 3})) | {"at": (2,)})

@@ -128,6 +128,13 @@ class Tensor:
         return self.view(shape, lambda at: delinearise(linearise(at, shape), source), Pattern.RESHAPE)
 
 
+def unheld(value: ir.Value) -> str:
+    """Why kernels cannot hold a value that is none of `Opener.values`."""
+    if value.dtype is not None and DType.of_onnx(value.dtype.value) is None:
+        return f"is of type {value.dtype.name.lower()}"
+    return "has an unknown shape or type"
+
+
 def floating(x: Tensor) -> Tensor:
     """The tensor, where its type is a floating-point one; raises Unsupported elsewhere."""
     if not x.dtype.is_float:
@@ -160,7 +167,7 @@ class Opener:
         source = self._input(place)
         value = self.values.get(source)
         if value is None:
-            raise Unsupported(f"input {place} has an unknown shape or an unsupported type")
+            raise Unsupported(f"input {place} {unheld(source)}")
         constant = source.const_value
         if not as_operand and constant is not None and constant.size == 1 and _is_structural(constant):
             number = constant.numpy().reshape(-1)[0].item()
@@ -212,14 +219,14 @@ class Opener:
         """The shape that shape inference found."""
         value = self.values.get(self.node.outputs[place])
         if value is None:
-            raise Unsupported("the output has an unknown shape or an unsupported type")
+            raise Unsupported(f"the output {unheld(self.node.outputs[place])}")
         return value.shape
 
     def output_dtype(self, place: int = 0) -> DType:
         dtype = self.node.outputs[place].dtype
         found = None if dtype is None else DType.of_onnx(dtype.value)
         if found is None:
-            raise Unsupported(f"output type {dtype} is not supported")
+            raise Unsupported(f"the output {unheld(self.node.outputs[place])}")
         return found
 
     def require_equal(self, found: Index, expected: Index) -> None:
