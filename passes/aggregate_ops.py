@@ -213,7 +213,11 @@ class AggregateOps:
             for rule in rules:
                 changed |= growth.apply(rule)
             changed |= growth.join_siblings()
-        return tuple(growth.micro_graph(group, escaping) for group in growth.groups())
+        return tuple(
+            growth.micro_graph(part, escaping)
+            for group in growth.groups()
+            for part in growth.without_views(group, escaping)
+        )
 
 
 class _Growth:
@@ -245,6 +249,25 @@ class _Growth:
 
     def groups(self) -> list[list[int]]:
         return self.contraction.groups()
+
+    def without_views(self, group: Sequence[int], escaping: frozenset[str]) -> list[list[int]]:
+        """The group, and alone each view at its end of what is needed outside as it is, too.
+
+        In the kernel the view would be written beside it; outside, onnxruntime moves no data for one.
+        """
+        rest, views = set(group), set[int]()
+        while loose := {place for place in rest if self._is_loose_view(place, rest, escaping)}:
+            views |= loose
+            rest -= loose
+        return [sorted(rest), *([place] for place in sorted(views))]
+
+    def _is_loose_view(self, place: int, group: set[int], escaping: frozenset[str]) -> bool:
+        operator = self.cluster[place]
+        if operator.pattern is not Pattern.RESHAPE or len(group) == 1:
+            return False
+        ends = all(group.isdisjoint(self.readers.get(v.name, ())) for v in operator.outputs)
+        made = (v.name for v in operator.inputs if self.producer_of.get(v.name) in group)
+        return ends and any(n in escaping or not group.issuperset(self.readers[n]) for n in made)
 
     def micro_graph(self, group: Sequence[int], escaping: frozenset[str]) -> MicroGraph:
         operators, inside = [self.cluster[place] for place in group], set(group)

@@ -6,6 +6,7 @@ it is an output, a reduction, written in parts, or too dear to compute more than
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -32,7 +33,6 @@ from apollo_fuse.index import (
     Symbol,
 )
 from apollo_fuse.passes.access_composition import point_of, without_index_views
-from apollo_fuse.passes.aggregate_ops import EXPENSIVE
 from apollo_fuse.passes.bind_extents import bind_extents, needed_symbols
 from apollo_fuse.passes.simplify import simplify
 from apollo_fuse.passes.split_axes import access_indices, split_axes
@@ -59,6 +59,9 @@ class BuildScop:
             return _canonical(micro_graph, statements)
         except _NotExpressible as reason:
             return Refused(nodes, RULE, reason.args[0], reason.args[1])
+
+
+_WORTH_KEEPING = 5  # cost (see Block.cost) of an element from which on loops that need it share it
 
 
 class _NotExpressible(Exception):
@@ -89,6 +92,7 @@ def _kept(primitives: Sequence[Primitive], results: frozenset[str]) -> frozenset
     if indirect & made:
         raise _NotExpressible("index tensor computed in the kernel", ", ".join(sorted(indirect & made)))
     kept = set(results)
+    cost = _costs(primitives)
     roots: dict[str, set[str]] = {}
     for primitive in reversed(primitives):
         name = primitive.output.name
@@ -97,10 +101,33 @@ def _kept(primitives: Sequence[Primitive], results: frozenset[str]) -> frozenset
             target = reader.output.name
             flows |= {target} if target in kept else roots.get(target, set())
         roots[name] = flows
-        repeated = len(flows) > 1 and primitive.block.cost >= EXPENSIVE
+        repeated = len(flows) > 1 and cost[name] >= _WORTH_KEEPING
         if primitive.reduction is not None or parts[name] > 1 or repeated:
             kept.add(name)
     return frozenset(kept)
+
+
+def _costs(primitives: Sequence[Primitive]) -> dict[str, int]:
+    """What an element of each tensor costs to compute from inputs and the results of reductions.
+
+    What is alike along the innermost loop is computed before it, and costs next to nothing.
+    """
+    cost: dict[str, int] = {}
+    again: dict[str, int] = {}  # to have one anew, where it may have been kept
+    readers = Counter(load.tensor for p in primitives for load in set(p.block.loads))
+    for primitive in primitives:
+        reduced = primitive.reduction.iterators if primitive.reduction is not None else ()
+        inner = (*primitive.iterators, *reduced)[-1:]
+        varying = {
+            load.tensor
+            for load in primitive.block.loads
+            if any(index.iterators().intersection(inner) for index in load.indices)
+        }
+        name, whole = primitive.output.name, primitive.block.cost + sum(again.get(v, 0) for v in varying)
+        cost[name] = whole
+        kept = primitive.reduction is not None or (whole >= _WORTH_KEEPING and readers[name] > 1)
+        again[name] = 0 if kept else whole
+    return cost
 
 
 def _inline(primitives: Sequence[Primitive], kept: frozenset[str]) -> list[Statement]:

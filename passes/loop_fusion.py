@@ -206,6 +206,8 @@ def _relations(
     inputs: list[str] = []
     order: list[str] = []
     depth = max(len(m.domain) for m in macros)
+    # what nobody reads, an output in another shape say, is written at any time
+    read = {load.tensor for m in macros for s in m.members for load in s.block.loads}
     for number, macro in enumerate(macros):
         instance = f"{macro.name}[{', '.join(i.name for i in macro.domain)}]"
         bounds = [f"0 <= {i.name} < {parameters.affine(i.extent)}" for i in macro.domain]
@@ -215,11 +217,12 @@ def _relations(
         for statement in macro.members:
             own = macro.renaming(statement)
             target = _access(statement.target.name, statement.indices, own, parameters)
-            if target is None:
+            if target is not None:
+                writes.append(f"{instance} -> {target}")
+                if statement.reduction is not None:
+                    reads.append(f"{instance} -> {target}")
+            elif statement.target.name in read or statement.reduction is not None:
                 return Refused((statement.name,), RULE, "access is not affine", str(statement.indices))
-            writes.append(f"{instance} -> {target}")
-            if statement.reduction is not None:
-                reads.append(f"{instance} -> {target}")
             for load in statement.block.loads:
                 source = _access(load.tensor, load.indices, own, parameters)
                 if load.tensor in written:

@@ -177,3 +177,27 @@ def test_what_is_not_worth_a_kernel_is_not_grouped_anew(tmp_path: Path) -> None:
         [(a, None) for a in areas]
     )
     assert len(outcome.left) == len(areas) and not outcome.rounds
+
+
+ROWS = """g (float[B, S, 64] x) => ({outputs}float[M, 64] y) <int64[2] rows = {{-1, 64}}> {{
+  a = Add(x, w) b = Mul(a, a) c = Tanh(b) d = Mul(c, a) y = Reshape(d, rows) }}"""
+"""Rows of a batch go into a matrix product as one matrix."""
+
+
+def test_no_affine_index_writes_open_rows_in_another_shape_and_none_has_to(tmp_path: Path) -> None:
+    planned = planner(ROWS.format(outputs=""), tmp_path, Options()).plan()
+    assert [op_types(x) for x in planned.candidates] == [["Add", "Mul", "Tanh", "Mul", "Reshape"]]
+    assert not planned.rounds
+
+
+def test_a_view_beside_its_operand_is_not_written_twice(tmp_path: Path) -> None:
+    planned = planner(ROWS.format(outputs="float[B, S, 64] d, "), tmp_path, Options()).plan()
+    assert [op_types(x) for x in planned.candidates] == [["Add", "Mul", "Tanh", "Mul"]]
+    assert [x.refused.reason for x in planned.left] == ["a single operator"]
+
+
+def test_rows_in_another_shape_hold_what_they_held(tmp_path: Path) -> None:
+    onnx.save(text_model(ROWS.format(outputs=""), w=normal(64)), tmp_path / "net.onnx")
+    shapes = (InputShape("x", (3, 5, 64)),)
+    report = fuse(tmp_path / "net.onnx", options=Options(shapes=shapes, measure=False, strict=True))
+    assert report.distinct_kernels == 1

@@ -177,6 +177,25 @@ def test_a_reduction_inside_the_loop_of_another_is_added_up_in_a_register(
     assert np.isnan(found[1]).all() and not np.isnan(found[[0, 2]]).any()
 
 
+def test_what_several_loops_need_is_computed_in_the_first(tmp_path: Path) -> None:
+    """A mask is added to the scores once, for the maximum and for the exponentials."""
+    model = text_model(
+        """g (float[N, 50] x, int64[N, 50] mask) => (float[N, 50] y) {
+        f = Cast <to = 1> (mask) o = Sub(one, f) b = Mul(o, much) d = Div(x, scale) s = Add(d, b)
+        y = Softmax <axis = -1> (s) }""",
+        one=np.array(1, np.float32),
+        much=np.array(-10000, np.float32),
+        scale=np.array(8, np.float32),
+    )
+    (kernel,) = group_of(model, tmp_path).kernels
+    readers = [
+        s
+        for s in walk(kernel.body)
+        if isinstance(s, Compute) and {"in0", "in1"} & {x.tensor for x in s.block.loads}
+    ]
+    assert len(readers) == 1
+
+
 def test_buffers_whose_lifetimes_do_not_overlap_share_memory(tmp_path: Path) -> None:
     assert shared_of(group_of(softmax_chain(64, 1000), tmp_path)) == [None, None, "t1"]
 
