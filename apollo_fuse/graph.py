@@ -7,13 +7,13 @@ one form and differ only in their access maps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import onnx_ir as ir
 
 from apollo_fuse.dtypes import DType
-from apollo_fuse.expressions import Block, Reduction
+from apollo_fuse.expressions import Apply, Block, Op, Reduction
 from apollo_fuse.index import Index, Iterator
 
 Shape = tuple[Index, ...]
@@ -73,6 +73,7 @@ class Operator:
     primitives: tuple[Primitive, ...]
     node: ir.Node
     required: tuple[tuple[Index, Index], ...] = ()  # extents that are equal wherever the model is valid
+    maximum: ir.Node | None = None  # the node by which exponents are at most 0, where that is another one
 
     def results(self) -> dict[ir.Value, Value]:
         """The node's own values for the outputs."""
@@ -111,7 +112,23 @@ class MicroGraph:
 
     @property
     def primitives(self) -> tuple[Primitive, ...]:
-        return tuple(p for operator in self.operators for p in operator.primitives)
+        nodes = {operator.node for operator in self.operators}
+        return tuple(
+            primitive
+            if operator.maximum is None or operator.maximum in nodes
+            else _of_any_exponent(primitive)
+            for operator in self.operators
+            for primitive in operator.primitives
+        )
+
+
+def _of_any_exponent(primitive: Primitive) -> Primitive:
+    """The primitive where the maximum of its exponents comes from outside, and is whatever it is there."""
+    instructions = tuple(
+        replace(item, op=Op.EXP) if isinstance(item, Apply) and item.op is Op.EXP_NONPOSITIVE else item
+        for item in primitive.block.instructions
+    )
+    return replace(primitive, block=Block(instructions))
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,7 @@ def _operator(
         primitives,
         node,
         tuple(opener.required),
+        opener.maximum,
     )
 
 

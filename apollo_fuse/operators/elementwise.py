@@ -55,18 +55,19 @@ for _name, _op in _BITWISE.items():
 @operator("Exp")
 def exponential(o: Opener) -> Tensor:
     value = o.node.inputs[0]
-    known = value is not None and _is_below_its_maximum(value)
-    return floating(o.tensor(0)).call(Op.EXP_NONPOSITIVE if known else Op.EXP)
+    o.maximum = None if value is None else _maximum(value)
+    return floating(o.tensor(0)).call(Op.EXP if o.maximum is None else Op.EXP_NONPOSITIVE)
 
 
-def _is_below_its_maximum(value: ir.Value) -> bool:
-    """Whether the maximum of a tensor was taken from it, as the softmax of exporters does."""
+def _maximum(value: ir.Value) -> ir.Node | None:
+    """The node whose maximum of a tensor was taken from that tensor, as the softmax of exporters does."""
     difference = value.producer()
     if difference is None or difference.op_type != "Sub":
-        return False
+        return None
     whole, greatest = difference.inputs
     maximum = None if greatest is None else greatest.producer()
-    return maximum is not None and maximum.op_type == "ReduceMax" and maximum.inputs[0] is whole
+    taken = maximum is not None and maximum.op_type == "ReduceMax" and maximum.inputs[0] is whole
+    return maximum if taken else None
 
 
 @operator("BitwiseNot")

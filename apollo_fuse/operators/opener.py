@@ -153,6 +153,7 @@ class Opener:
     names: Generator[int] = field(default_factory=itertools.count)
     primitives: list[Primitive] = field(default_factory=list)
     required: list[tuple[Index, Index]] = field(default_factory=list)
+    maximum: ir.Node | None = None  # what the exponents of the description are known to be below
 
     # -- operands ---------------------------------------------------------------------------
 
