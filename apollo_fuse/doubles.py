@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from apollo_fuse.dtypes import DType
 from apollo_fuse.errors import ApolloFuseError
 from apollo_fuse.tolerance import Array, Doubles
 
@@ -34,19 +35,54 @@ class Erf(OpRun):
         return (np.vectorize(math.erf, otypes=[np.float64])(x),)
 
 
+class DequantizeLinear(OpRun):
+    """In place of the evaluator's own, which has none for opsets before 19."""
+
+    def _run(self, x: Array, scale: Doubles, zero: Array | None = None, **attributes: int) -> tuple[Doubles]:
+        distance = x.astype(np.float64)
+        if zero is not None:
+            distance -= _along(zero.astype(np.float64), x, attributes)
+        return (distance * _along(scale, x, attributes),)
+
+
+class QuantizeLinear(OpRun):
+    """As above."""
+
+    def _run(self, x: Doubles, scale: Doubles, zero: Array | None = None, **attributes: int) -> tuple[Array]:
+        kind = DType.UINT8 if zero is None else next(d for d in DType if d.numpy == zero.dtype)
+        moved = np.rint(x / _along(scale, x, attributes))
+        if zero is not None:
+            moved += _along(zero.astype(np.float64), x, attributes)
+        return (np.clip(moved, *kind.integer_range).astype(kind.numpy),)
+
+
+def _along(parameter: Doubles, x: Array, attributes: Mapping[str, int]) -> Doubles:
+    """Scales or zero points as they are broadcast: one, or one for each element of an axis."""
+    if attributes.get("block_size"):
+        raise NotInDoublesError("scales of blocks")
+    if parameter.size == 1:
+        return parameter.reshape(())
+    shape = [1] * x.ndim
+    shape[attributes.get("axis", 1)] = -1
+    return parameter.reshape(shape)
+
+
 def in_doubles(model: ir.Model, feeds: Mapping[str, Array]) -> list[Doubles]:
     """The outputs as doubles; the floats of the model become doubles too, which changes it.
 
-    Raises NotInDoublesError.
+    What QuantizeLinear gives is as it is before it is rounded to integers. Raises NotInDoublesError.
     """
     largest = max((array.size for array in feeds.values()), default=0)
     if 8 * largest * len(model.graph) > LARGEST:
         raise NotInDoublesError(f"{len(model.graph)} operators on {largest} elements take too much memory")
     _widen(model.graph)
+    _leave_unrounded(model.graph)
     wide = {name: array.astype(np.float64) if _is_narrow(array) else array for name, array in feeds.items()}
     try:
         with np.errstate(all="ignore"):
-            evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[Erf])
+            evaluator = ReferenceEvaluator(
+                ir.to_proto(model), new_ops=[Erf, DequantizeLinear, QuantizeLinear]
+            )
             outputs = [np.asarray(array) for array in evaluator.run(None, wide)]
     except Exception as error:  # the evaluator raises whatever numpy does, and classes of its own
         raise NotInDoublesError(f"onnx's reference evaluator does not run it: {error}") from error
@@ -71,6 +107,34 @@ def _widen(graph: ir.Graph) -> None:
                 node.attributes[name] = ir.AttrTensor(name, _widened(attribute.value))
             elif name in _TYPE_ATTRIBUTES and attribute.value in _NARROW:
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.DOUBLE)
+
+
+def _leave_unrounded(graph: ir.Graph) -> None:
+    """Leaves the last step of QuantizeLinear out where it makes an output, and there is one scale."""
+    for place, output in enumerate(tuple(graph.outputs)):
+        node = output.producer()
+        if node is None or node.op_type != "QuantizeLinear" or not _is_single(node.inputs[1]):
+            continue
+        scaled = ir.Node("", "Div", node.inputs[:2])
+        made, result = [scaled], scaled.outputs[0]
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            wide = ir.Node("", "Cast", [node.inputs[2]], [ir.AttrInt64("to", ir.DataType.DOUBLE)])
+            moved = ir.Node("", "Add", [result, wide.outputs[0]])
+            made, result = [*made, wide, moved], moved.outputs[0]
+        result.type = ir.TensorType(ir.DataType.DOUBLE)
+        graph.insert_after(node, made)
+        graph.outputs[place] = result
+
+
+def _is_single(scale: ir.Value | None) -> bool:
+    """Whether there is one scale for all elements."""
+    if scale is None:
+        return False
+    return (
+        scale.const_value.size == 1
+        if scale.const_value is not None
+        else scale.shape is not None and not scale.shape
+    )
 
 
 def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -96,12 +96,12 @@ class Nearer:
 def nearer(truth: Doubles, expected: Array, found: Array, coarsest: DType | None = None) -> Nearer:
     """Whether `found` is nearer than onnxruntime's `expected` to what both would be in doubles, `truth`.
 
-    Of integers and booleans none is nearer; nor of floats that are not finite in the same places. For
-    `coarsest` see `compare`.
+    Of booleans none is nearer; nor of floats that are not finite in the same places. Integers are right where
+    the truth rounds to them, give or take the tolerance of floats. For `coarsest` see `compare`.
     """
     dtype = _precision(expected, coarsest)
     if dtype is None:
-        return Nearer(False, "")
+        return _rounded(truth, found, coarsest or DType.FLOAT32)
     a, b = expected.astype(np.float64), found.astype(np.float64)
     if truth.shape != a.shape or not (_alike(truth, a) and _alike(truth, b)):
         return Nearer(False, "in doubles NaN or infinity is in other places")
@@ -112,6 +112,20 @@ def nearer(truth: Doubles, expected: Array, found: Array, coarsest: DType | None
     typical = float(np.square(ours).mean()) <= NEARER**2 * float(np.square(theirs).mean())
     evidence = f"off from doubles by {ours.max():.2g} tolerances, onnxruntime by {theirs.max():.2g}"
     return Nearer(largest and typical, evidence)
+
+
+def _rounded(truth: Doubles, found: Array, precision: DType) -> Nearer:
+    """Whether these integers are what numbers round to that are within the tolerance of the truth."""
+    kind = next((d for d in DType if d.is_integer and d.numpy == found.dtype), None)
+    if kind is None or truth.shape != found.shape or not np.isfinite(truth).all():
+        return Nearer(False, "")
+    _, allowed = _allowed(truth, precision)
+    beyond = np.abs(found - np.clip(truth, *kind.integer_range)) - 0.5
+    if (beyond > allowed).any():
+        return Nearer(False, "")
+    return Nearer(
+        True, f"{max(float(beyond.max()), 0.0):.2g} of a step from where doubles round to it at most"
+    )
 
 
 def _precision(expected: Array, coarsest: DType | None) -> DType | None:

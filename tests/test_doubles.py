@@ -98,7 +98,30 @@ def test_results_that_agree_are_not_computed_in_doubles() -> None:
     assert verify(one, other, [columns(0.0)], in_doubles=never).passed
 
 
-def test_an_integer_is_never_nearer() -> None:
+def quantised(off: float) -> onnx.ModelProto:
+    """Integers of a tanh, and of one that is off by a number."""
+    graph = Graph("quantised")
+    moved = graph.op("Add", graph.op("Tanh", graph.input("x", ["n"])), off)
+    scale, zero = np.array(0.1, np.float32), np.array(3, np.int8)
+    graph.output(graph.op("QuantizeLinear", moved, scale, zero), "y", ["n"], onnx.TensorProto.INT8)
+    return graph.model()
+
+
+def test_an_integer_is_right_where_a_number_in_doubles_rounds_to_it_as_well() -> None:
+    """1.5 steps are between two integers, of which onnxruntime takes one and the kernel the other."""
+    feeds = {"x": np.arctanh(np.linspace(-0.95, 0.95, 20)).astype(np.float32)}
+    verdict = judged(quantised(-1e-6), quantised(1e-6), feeds)
+    assert verdict.passed and verdict.note.startswith("y differs in ")
+    assert "of a step from where doubles round to it" in verdict.note
+
+
+def test_an_integer_is_wrong_where_no_number_near_the_one_in_doubles_rounds_to_it() -> None:
+    feeds = {"x": np.arctanh(np.linspace(-0.96, 0.94, 20)).astype(np.float32)}
+    verdict = judged(quantised(0.0), quantised(0.02), feeds)
+    assert verdict.problem.startswith("y differs in ")
+
+
+def test_an_integer_that_is_another_in_doubles_is_wrong() -> None:
     down = model("(float[8] x) => (int64[8] y) { f = Floor(x) y = Cast<to = 7>(f) }")
     up = model("(float[8] x) => (int64[8] y) { f = Ceil(x) y = Cast<to = 7>(f) }")
     verdict = judged(down, up, {"x": np.full(8, 0.5, np.float32)})
