@@ -332,6 +332,8 @@ class _Compilation:
         self.progress.stage("verify", None)
         with self._timed("verify"):
             kept, verdict = settle.verified(accepted)
+        if verdict.note:
+            self.warnings.append(f"of the fused model {verdict.note}")
         if kept and self.options.measure:
             self.progress.stage("measure", None)
             with self._timed("measure"):

@@ -145,7 +145,7 @@ class Settle:
             raise
         except Exception as error:  # onnxruntime raises classes of its own for each status
             return failed(f"onnxruntime does not load the model: {what_onnxruntime_says(error)}")
-        return verify(original, fused, cases, coarsest(x.micro_graph for x in chosen))
+        return verify(original, fused, cases, coarsest(x.micro_graph for x in chosen), whole=True)
 
     def _bisect(self, suspects: Sequence[Swap]) -> str:
         """The name of a kernel that makes the model wrong."""

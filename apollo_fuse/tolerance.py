@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,10 @@ NEARER = 1.0
 mean square, are at most this share of onnxruntime's."""
 FARTHEST = 10.0
 """Tolerances from doubles beyond which a result is wrong, however far onnxruntime's is."""
+
+
+UNSTEADY = 2.0
+"""A result may be off by this many times as much as onnxruntime's own is where inputs move by a last bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,32 @@ def nearer(truth: Doubles, expected: Array, found: Array, coarsest: DType | None
     typical = float(np.square(ours).mean()) <= NEARER**2 * float(np.square(theirs).mean())
     evidence = f"off from doubles by {ours.max():.2g} tolerances, onnxruntime by {theirs.max():.2g}"
     return Nearer(largest and typical, evidence)
+
+
+def unsteady(expected: Array, found: Array, moved: Sequence[Array]) -> Nearer:
+    """Whether onnxruntime's `expected` is so uncertain that `found` is as good a result.
+
+    `moved` are onnxruntime's results for inputs that differ in their last bit. The greatest difference and
+    the root of the mean square decide, as in `nearer`; integers and booleans are certain.
+    """
+    if _precision(expected, None) is None:
+        return Nearer(False, "")
+    a = expected.astype(np.float64)
+    finite = np.isfinite(a)
+
+    def distances(other: Array) -> tuple[float, float]:
+        b = other.astype(np.float64)
+        if b.shape != a.shape or not _alike(a, b):
+            return np.inf, np.inf
+        error = np.abs(b[finite] - a[finite])
+        return float(error.max(initial=0.0)), float(np.sqrt(np.square(error).mean()))
+
+    ours, theirs = distances(found), [d for d in map(distances, moved) if np.isfinite(d).all()]
+    if not theirs or not np.isfinite(ours).all():
+        return Nearer(False, "")
+    largest, typical = (max(column) for column in zip(*theirs, strict=True))
+    evidence = f"by up to {largest:.2g} onnxruntime's own result moves where inputs move by their last bit"
+    return Nearer(ours[0] <= UNSTEADY * largest and ours[1] <= UNSTEADY * typical, evidence)
 
 
 def _rounded(truth: Doubles, found: Array, precision: DType) -> Nearer:

@@ -201,3 +201,26 @@ def explained(report: Report) -> str:
     text = io.StringIO()
     render_explanation(report, Console(file=text, width=200))
     return text.getvalue()
+
+
+def quantised_logits(off: float) -> onnx.ModelProto:
+    """Means of numbers that are rounded to integers on the way, many of them from between two."""
+    graph = Graph("logits")
+    moved = graph.op("Add", graph.op("Mul", graph.input("x", [64, 64]), 1.0), off)
+    scale, zero = np.array(0.1, np.float32), np.array(3, np.int8)
+    integers = graph.op("QuantizeLinear", moved, scale, zero)
+    numbers = graph.op("DequantizeLinear", integers, scale, zero)
+    graph.output(graph.op("ReduceMean", numbers, np.array([1], np.int64)), "y", [64, 1])
+    return graph.model()
+
+
+@pytest.mark.parametrize("between", (True, False))
+def test_a_model_may_be_off_by_what_its_own_results_move_where_inputs_do(between: bool) -> None:
+    """Of numbers between two integers the last bit decides; of others it decides nothing."""
+    random = np.random.default_rng(0)
+    steps = random.integers(-60, 60, (64, 64)) + (0.5 if between else 0.1)
+    one, other = (reference_session(quantised_logits(off)) for off in (0.0, 1e-7 if between else 0.045))
+    verdict = verify(one, other, [{"x": (steps * 0.1).astype(np.float32)}], whole=True)
+    assert verdict.passed is between
+    told = verdict.note if between else verdict.problem
+    assert "onnxruntime's own result moves where inputs move by their last bit" in told

@@ -673,6 +673,26 @@ def test_normalisations(dtype: str, tmp_path: Path, cache: Path) -> None:
         check_reduced(model, sized(table, {"n": n, "m": m}))
 
 
+def test_exponents_are_any_where_the_maximum_comes_from_outside_of_the_kernel(
+    tmp_path: Path, cache: Path
+) -> None:
+    """There edge values take the place of the maximum, and then it is none."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x", "last"], ["greatest"]),
+        helper.make_node("Sub", ["x", "greatest"], ["below"]),
+        helper.make_node("Exp", ["below"], ["e"]),
+        helper.make_node("ReduceSum", ["e", "last"], ["total"]),
+        helper.make_node("Div", ["e", "total"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])
+    weights = [numpy_helper.from_array(np.array([-1]), "last")]
+    graph = helper.make_graph(nodes, "exponents", [x], [onnx.ValueInfoProto(name="y")], weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    model = fuse_to_session(proto, tmp_path, cache)
+    assert ("Sub", "Exp") in {kernel.ops for kernel in model.report.kernels}
+    check(model, {"x": values("float32", (1, 3))})
+
+
 def test_a_mean_of_many_halves_does_not_overflow(tmp_path: Path, cache: Path) -> None:
     inputs: dict[str, tuple[str, Dims]] = {"x": ("float16", ["n", 2, 300, 300])}
     cases = [Case("GlobalAveragePool", "x"), Case("ReduceMean", "x last"), Case("ReduceL2", "x last")]
