@@ -129,7 +129,7 @@ class _Run:
                 _integers(node, f"scan_input_{name}", count) for name in ("axes", "directions")
             )
             for place, axis, last in zip(range(-count, 0), axes, backwards, strict=True):
-                starts[place] = np.take(np.asarray(starts[place]), -1 if last else 0, axis)
+                starts[place] = np.asarray(np.take(np.asarray(starts[place]), -1 if last else 0, axis))
         return feeds | {v.name or "": s for v, s in zip(body.inputs, starts, strict=False)}
 
     def _value(self, value: ir.Value) -> Captured:

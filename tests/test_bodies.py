@@ -161,6 +161,19 @@ def test_a_scan_sees_the_slices_it_saw(fuse: Fuse, axis: int, backwards: int) ->
     assert_same(fused, first, other)
 
 
+def test_a_scan_over_numbers_sees_one_after_the_other(fuse: Fuse) -> None:
+    fused = fuse(
+        text_model(
+            "g (float[T] x, float[64] s0) => (float[64] y) { y = Scan <num_scan_inputs = 1, "
+            "body = b (float[64] s, float e) => (float[64] r) { t = Mul(s, e) r = Tanh(t) }> (s0, x) }"
+        ),
+        x=(4,),
+        s0=(64,),
+    )
+    assert fused.unfused_nodes == ("Scan",)
+    assert_same(fused, {"x": normal(4), "s0": normal(64)})
+
+
 def test_the_body_of_a_scan_over_batches_is_left_alone(fuse: Fuse) -> None:
     fused = fuse(
         text_model(

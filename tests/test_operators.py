@@ -1110,6 +1110,15 @@ def test_operators_in_the_forms_of_older_opsets(opset: int, tmp_path: Path, cach
         check_reduced(model, sized(table, {"n": n}))
 
 
+def test_a_dropout_that_trains_is_left_to_onnxruntime(tmp_path: Path, cache: Path) -> None:
+    """It drops other elements each time, which is why nothing of it can be compared."""
+    constants = {"none": np.array(0, np.float32), "yes": np.array(True)}
+    table = Table({"x": ("float32", ["n", 4])}, [Case("Dropout", "x none yes")], constants)
+    model = fuse_to_session(table.model(), tmp_path, cache, shapes={"x": (2, 4)})
+    assert "Dropout" in model.unfused_nodes
+    check(model, {"x": values("float32", (3, 4))}, exact=True)
+
+
 REMOVED = ("Dropout", "Identity")
 """What cleaning the model takes out before anything is fused, in the forms that have a description."""
 

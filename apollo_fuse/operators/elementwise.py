@@ -193,6 +193,8 @@ def cast(o: Opener) -> Tensor:
 def identity(o: Opener) -> Tensor:
     if len(o.node.outputs) > 1:
         raise Unsupported("a mask output")
+    if o.has(2) and o.constant(2).any():
+        raise Unsupported("training mode")
     return o.tensor(0).reshape(o.tensor(0).shape)
 
 

@@ -6,11 +6,13 @@ from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
 from apollo_fuse.graph import Shape
 from apollo_fuse.index import ONE, ZERO, Index, Indirect, clamped, maximum
+from apollo_fuse.operators.movement import require_known
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import operator
 
 _LONGEST_SCAN = 64  # elements; a prefix sum adds up each of its prefixes anew
 _NO_PLACE = 2**63 - 1
+_NO_BOUND = 2**31  # of a place that is taken around an axis
 
 
 @operator("Gather")
@@ -100,6 +102,8 @@ def one_hot(o: Opener) -> Tensor:
 @operator("Range")
 @operator("Range", domain="com.microsoft")
 def range_(o: Opener) -> Tensor:
+    for place in range(len(o.node.inputs)):
+        require_known(o, place)
     start = o.tensor(0)
     (extent,) = o.output_shape()
     steps = o.coordinate((extent,), 0).cast(start.dtype)
@@ -108,6 +112,7 @@ def range_(o: Opener) -> Tensor:
 
 @operator("ConstantOfShape")
 def constant_of_shape(o: Opener) -> Tensor:
+    require_known(o, 0)
     given = o.node.attributes.get("value")
     value = 0.0 if given is None else given.as_tensor().numpy().reshape(-1)[0].item()
     return o.filled(o.output_shape(), value, o.output_dtype())
@@ -156,10 +161,11 @@ def tensor_scatter(o: Opener) -> Tensor:
     extent, length = past.shape[axis], update.shape[axis]
     around = o.text("mode", "linear") == "circular"
     name = index_tensor(o, 2)[0] if o.has(2) else None
+    bound = Index.of(_NO_BOUND) if around else extent - length + 1
 
     def place(at: Shape) -> Index:
         """Where in the update the element lies; beside it for one that is kept."""
-        first = ZERO if name is None else Index.of(Indirect(name, (at[0],), extent))
+        first = ZERO if name is None else Index.of(Indirect(name, (at[0],), bound))
         return (at[axis] - first) % extent if around else at[axis] - first
 
     def access(at: Shape) -> Shape:

@@ -16,7 +16,7 @@ from apollo_fuse.shape_rules import slice_bounds
 @operator("Reshape")
 def reshape(o: Opener) -> Tensor:
     """The result's shape is the one that shape inference proved."""
-    _require_known(o)
+    require_known(o, 1)
     x = o.tensor(0)
     if o.has(1) and not o.integer("allowzero", 0):
         _require_no_copy(o, x)
@@ -36,9 +36,9 @@ def _require_no_copy(o: Opener, x: Tensor) -> None:
                 o.require_equal(is_zero * here, ZERO)
 
 
-def _require_known(o: Opener) -> None:
-    """What a model states of a shape that its caller decides is no proof."""
-    source = o.node.inputs[1] if len(o.node.inputs) > 1 else None
+def require_known(o: Opener, place: int) -> None:
+    """What a model states of a shape that its caller decides, by the operand at `place`, is no proof."""
+    source = o.node.inputs[place] if len(o.node.inputs) > place else None
     if source is not None and source.const_value is None and source.producer() is None:
         raise Unsupported("the shape is an input of the model")
 
@@ -150,7 +150,7 @@ def tile(o: Opener) -> Tensor:
 
 @operator("Expand")
 def expand(o: Opener) -> Tensor:
-    _require_known(o)
+    require_known(o, 1)
     x, shape = o.tensor(0), o.output_shape()
     skipped = len(shape) - len(x.shape)
     for found, wanted in zip(x.shape, shape[skipped:], strict=True):

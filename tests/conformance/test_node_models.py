@@ -80,6 +80,12 @@ def _agrees(model: onnx.ModelProto, feeds: Arrays, folder: Path, cache: Path) ->
         expected = run(original, feeds)
     except Exception as error:  # onnxruntime raises classes of its own for each status
         pytest.skip(f"onnxruntime does not run it: {str(error).splitlines()[0]}")
+    if any(
+        compare("", a, b).problem
+        for a, b in zip(expected, run(original, feeds), strict=True)
+        if isinstance(a, np.ndarray)
+    ):
+        pytest.skip("onnxruntime computes something else each time")
     onnx.save(model, folder / "model.onnx")
     shapes = tuple(InputShape(key, array.shape) for key, array in feeds.items() if array.size and array.ndim)
     options = Options(shapes, measure=False, strict=True, fuse_all=True, cache_dir=cache, threads=2)
