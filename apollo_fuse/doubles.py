@@ -70,7 +70,7 @@ def _along(parameter: Doubles, x: Array, attributes: Mapping[str, int]) -> Doubl
 def in_doubles(model: ir.Model, feeds: Mapping[str, Array]) -> list[Doubles]:
     """The outputs as doubles; the floats of the model become doubles too, which changes it.
 
-    What QuantizeLinear gives is as it is before it is rounded to integers. Raises NotInDoublesError.
+    What a quantisation gives is as it is before it is rounded to integers. Raises NotInDoublesError.
     """
     largest = max((array.size for array in feeds.values()), default=0)
     if 8 * largest * len(model.graph) > LARGEST:
@@ -110,31 +110,33 @@ def _widen(graph: ir.Graph) -> None:
 
 
 def _leave_unrounded(graph: ir.Graph) -> None:
-    """Leaves the last step of QuantizeLinear out where it makes an output, and there is one scale."""
+    """Leaves the last step of a quantisation out where it makes an output, and there is one scale."""
     for place, output in enumerate(tuple(graph.outputs)):
         node = output.producer()
-        if node is None or node.op_type != "QuantizeLinear" or not _is_single(node.inputs[1]):
+        found = None if node is None else _scale_and_zero(node, output)
+        if node is None or found is None:
             continue
-        scaled = ir.Node("", "Div", node.inputs[:2])
-        made, result = [scaled], scaled.outputs[0]
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            wide = ir.Node("", "Cast", [node.inputs[2]], [ir.AttrInt64("to", ir.DataType.DOUBLE)])
-            moved = ir.Node("", "Add", [result, wide.outputs[0]])
-            made, result = [*made, wide, moved], moved.outputs[0]
+        scale, zero = found
+        made = [ir.Node("", "Div", [node.inputs[0], scale])]
+        if zero is not None:
+            wide = ir.Node("", "Cast", [zero], [ir.AttrInt64("to", ir.DataType.DOUBLE)])
+            made += [wide, ir.Node("", "Add", [made[0].outputs[0], wide.outputs[0]])]
+        result = made[-1].outputs[0]
         result.type = ir.TensorType(ir.DataType.DOUBLE)
         graph.insert_after(node, made)
         graph.outputs[place] = result
 
 
-def _is_single(scale: ir.Value | None) -> bool:
-    """Whether there is one scale for all elements."""
+def _scale_and_zero(node: ir.Node, output: ir.Value) -> tuple[ir.Value, ir.Value | None] | None:
+    """What a quantisation divides by and adds; None for a node that is none, or has several scales."""
+    if node.op_type == "DynamicQuantizeLinear" and output is node.outputs[0]:
+        return node.outputs[1], node.outputs[2]
+    scale = node.inputs[1] if node.op_type == "QuantizeLinear" else None
     if scale is None:
-        return False
-    return (
-        scale.const_value.size == 1
-        if scale.const_value is not None
-        else scale.shape is not None and not scale.shape
-    )
+        return None
+    constant, shape = scale.const_value, scale.shape
+    one = constant.size == 1 if constant is not None else shape is not None and not shape
+    return (scale, node.inputs[2] if len(node.inputs) > 2 else None) if one else None
 
 
 def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

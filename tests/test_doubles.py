@@ -115,6 +115,18 @@ def test_an_integer_is_right_where_a_number_in_doubles_rounds_to_it_as_well() ->
     assert "of a step from where doubles round to it" in verdict.note
 
 
+def test_an_integer_by_a_scale_that_follows_from_the_numbers_is_judged_alike() -> None:
+    """The scale is 0.5, so that every other number is between two integers, and may be either."""
+    dynamic = model("(float[n] x) => (uint8[n] y, float s, uint8 z) { y, s, z = DynamicQuantizeLinear(x) }")
+    feeds = {"x": np.arange(0, 511).astype(np.float32) / np.float32(4)}
+    expected = reference_session(dynamic).run(None, feeds)[0]
+    truth = in_doubles(ir.from_proto(dynamic), feeds)[0]
+    between = np.abs(truth % 1 - 0.5) < 1e-3
+    up = np.where(between, np.ceil(truth), expected).astype(np.uint8)
+    assert 100 < np.count_nonzero(up != expected) and nearer(truth, expected, up).right
+    assert not nearer(truth, expected, np.where(between, expected, expected - 1)).right
+
+
 def test_an_integer_is_wrong_where_no_number_near_the_one_in_doubles_rounds_to_it() -> None:
     feeds = {"x": np.arctanh(np.linspace(-0.96, 0.94, 20)).astype(np.float32)}
     verdict = judged(quantised(0.0), quantised(0.02), feeds)
