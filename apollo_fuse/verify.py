@@ -127,16 +127,18 @@ def _excused(verdict: Verdict, found: Nearer) -> Verdict:
 
 
 def _nudged(feeds: Mapping[str, Array]) -> list[dict[str, Array]]:
-    """The same inputs with each float moved to the next number up, to the next down, and to one of these."""
+    """The same inputs with each float moved to the next number up, to the next down, and to one of these.
+
+    Where there are no floats, there are none.
+    """
     up, down, either = ({**feeds} for _ in range(3))
     random = np.random.default_rng(0)
-    for name, array in feeds.items():
-        if array.dtype.kind == "f" and array.dtype.itemsize > 1:
-            up[name], down[name] = (
-                np.nextafter(array, np.array(end, array.dtype)) for end in (np.inf, -np.inf)
-            )
-            either[name] = np.where(random.random(array.shape) < 0.5, up[name], down[name])
-    return [up, down, either]
+    floats = [name for name, array in feeds.items() if array.dtype.kind == "f" and array.dtype.itemsize > 1]
+    for name in floats:
+        array = feeds[name]
+        up[name], down[name] = (np.nextafter(array, np.array(end, array.dtype)) for end in (np.inf, -np.inf))
+        either[name] = np.where(random.random(array.shape) < 0.5, up[name], down[name])
+    return [up, down, either] if floats else []
 
 
 def edge_case(
