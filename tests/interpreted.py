@@ -16,6 +16,7 @@ from apollo_fuse.codegen.triton.emit import Program, emit
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
+from apollo_fuse.running import run
 from apollo_fuse.symbolic import infer_shapes
 from tests.fusing import Array, reference_session
 from tests.interpreter import Interpreter
@@ -72,7 +73,7 @@ class Interpreted:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
         """For each output what is expected and what the kernels found."""
         names = [output.name for output in self.original.get_outputs()]
-        expected = self.original.run(None, dict(feeds))
+        expected = run(self.original, feeds)
         found = self.fused.run(None, feeds)
         return {n: (np.asarray(a), np.asarray(b)) for n, a, b in zip(names, expected, found, strict=True)}
 

@@ -66,7 +66,12 @@ def interpreter() -> Iterator[Interpreter]:
 
 
 @pytest.fixture(autouse=True)
-def in_triton(monkeypatch: pytest.MonkeyPatch, interpreter: Interpreter) -> None:
+def in_triton(
+    monkeypatch: pytest.MonkeyPatch, interpreter: Interpreter, request: pytest.FixtureRequest
+) -> None:
+    if request.node.name == "test_movement[bfloat16]":
+        pytest.skip("the interpreter has no subnormal numbers of bfloat16")
+
     def fused(
         table: Table,
         folder: Path,
