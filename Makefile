@@ -3,6 +3,7 @@
 # make bench   measure the model set against onnxruntime
 # make bench-ablation   measure what each layer of the fusion gains
 # make bench-stitching   measure reductions against kernels written by hand
+# make bench-gpu   compile the model set for GPUs and predict what they would do; none is needed
 # make bench-cost   measure how far the cost model is from what kernels take
 # make notebook   run notebooks/fused_vs_unfused.ipynb and store it with what it measured
 # make scale   measure how the compiler's time and memory grow with the model
@@ -18,6 +19,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SCALE_ARGS ?=
 COST_ARGS ?=
+GPU_ARGS ?=
 NOTEBOOK_ARGS ?=
 
 VENV := .venv
@@ -25,7 +27,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench bench-ablation bench-cost bench-stitching notebook scale lint clean
+.PHONY: demo test test-all bench bench-ablation bench-cost bench-gpu bench-stitching notebook scale lint clean
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
@@ -52,6 +54,10 @@ bench-stitching: $(INSTALLED)
 
 bench-cost: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cost $(COST_ARGS)
+
+bench-gpu: $(INSTALLED)
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.gpu --json build/gpu.json --markdown build/gpu.md $(GPU_ARGS)
 
 notebook: $(INSTALLED)
 	$(BIN)/python -m notebooks.run $(NOTEBOOK_ARGS)

@@ -186,7 +186,7 @@ class _Compilation:
         if not self.options.gpus:
             return GpuKernels({}, GpuCode())
         self.progress.stage("compile for GPUs", None)
-        with self._timed("cc"):
+        with self._timed("gpu"):
             sizes = solve(self.shapes)
             stitches = [x for x in taken.settled.kept if isinstance(x, Stitch)]
             found = on_gpus(taken.chosen.kernels, stitches, sizes, self.options, self.warnings.append)

@@ -13,6 +13,7 @@ from apollo_fuse.codegen.launches import GpuCode, Kinds, Variant, gpu_form
 from apollo_fuse.codegen.stitched import runs, writer, writes
 from apollo_fuse.codegen.triton.compile import Binary, Job, compile_kernels
 from apollo_fuse.codegen.triton.emit import Launch, Program, emit, emit_stitched
+from apollo_fuse.cold import ColdTraffic, cold_traffic
 from apollo_fuse.cost import Cost, bound, cost_of, cost_of_stitch, taken
 from apollo_fuse.cpu import default_threads
 from apollo_fuse.dtypes import DType
@@ -77,8 +78,9 @@ def on_gpus(
     alone: dict[GpuTarget, dict[str, list[Binary]]] = {}
     for gpu in options.gpus:
         alone[gpu] = {}
-        for (candidate, _), kernels in zip(jobs, _chosen(jobs, gpu, sizes, options), strict=True):
-            reports[candidate.variant][str(gpu)] = _report(kernels, gpu)
+        for (candidate, program), kernels in zip(jobs, _chosen(jobs, gpu, sizes, options), strict=True):
+            cold = cold_traffic(candidate.group, program.launches, _extents(candidate, sizes), gpu.machine)
+            reports[candidate.variant][str(gpu)] = _report(kernels, gpu, [cold])
             alone[gpu][candidate.variant] = [x.binary for x in kernels]
     launches = {candidate.name: program.launches for candidate, program in jobs}
     variants: dict[str, list[Variant]] = {name: [] for name in launches}
@@ -230,11 +232,16 @@ def _report_of_stitch(
         if taking:
             block = _block(binary)
             started.append(_Compiled(binary, cost_of_stitch(taking, target.machine, block=block, rows=rows)))
-    return _report(started, target, writes(shared, names, launches))
+    cold = [
+        cold_traffic(x.group, launches[x.name], _extents(x, sizes), target.machine) for x in stitch.members
+    ]
+    return _report(started, target, cold, writes(shared, names, launches))
 
 
-def _report(kernels: Sequence[_Compiled], target: GpuTarget, writes: int = 0) -> GpuReport:
-    """What a run launches; `writes` launches more only write a table."""
+def _report(
+    kernels: Sequence[_Compiled], target: GpuTarget, cold: Sequence[ColdTraffic], writes: int = 0
+) -> GpuReport:
+    """What a run launches, and moves with `cold` caches; `writes` launches more only write a table."""
     machine = target.machine
     assert machine.gpu is not None
     costs = [(x.binary, x.cost) for x in kernels if x.cost is not None]
@@ -247,7 +254,8 @@ def _report(kernels: Sequence[_Compiled], target: GpuTarget, writes: int = 0) ->
         num_warps=longest.threads // target.warp,
         occupancy=occupancy(machine.gpu, _block(longest)),
         dram_bytes=sum(cost.moved[machine.levels[-1].name] for _, cost in costs),
-        compulsory_bytes=sum(cost.compulsory for _, cost in costs),
+        cold_bytes=sum(traffic.moved for traffic in cold),
+        compulsory_bytes=sum(traffic.compulsory for traffic in cold),
         predicted_us=(sum(cost.seconds for _, cost in costs) + writes * machine.node) * 1e6,
         binary_bytes=sum({binary.path: binary.bytes for binary, _ in costs}.values()),
     )

@@ -213,7 +213,7 @@ def _explain_kernel(kernel: KernelReport, console: Console) -> None:
         spilled = f", {_bytes(gpu.spills)} spilled" if gpu.spills else ""
         figures = (
             f"predicted {gpu.predicted_us:.1f} us, {_count(gpu.launches, 'launch', 'es')}, "
-            f"{_bytes(gpu.dram_bytes)} from and to memory of {_bytes(gpu.compulsory_bytes)}; "
+            f"{_bytes(gpu.cold_bytes)} from and to memory of {_bytes(gpu.compulsory_bytes)}; "
             f"{_count(gpu.num_warps, 'warp')} of {_count(gpu.registers, 'register')} a thread{spilled}, "
             f"occupancy {gpu.occupancy:.0%}"
         )

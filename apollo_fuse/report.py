@@ -26,7 +26,8 @@ class GpuReport:
     num_warps, occupancy: of a block, and the share of a multiprocessor's threads in flight, of the one that
         takes longest.
     dram_bytes: predicted to be moved, run after run, so that what the last cache holds is not.
-    compulsory_bytes: of the tensors that each reads and writes.
+    cold_bytes: the same where caches hold nothing at first.
+    compulsory_bytes: of the tensors that it takes and gives, what has to be moved.
     predicted_us: microseconds, launches included. binary_bytes: of their code.
     """
 
@@ -37,6 +38,7 @@ class GpuReport:
     num_warps: int
     occupancy: float
     dram_bytes: int
+    cold_bytes: int
     compulsory_bytes: int
     predicted_us: float
     binary_bytes: int
@@ -158,6 +160,7 @@ class CompileSeconds:
     load: reading and cleaning the model. shapes: inferring them. partition: everything between those and the
         kernels that isl and codegen do not account for.
     inputs: opening the original and finding inputs that it runs on. cc: compiling and linking kernels.
+    gpu: compiling them for GPUs.
     judge: verifying, and measuring, each distinct kernel; verify and measure: the same for the whole model.
     write: writing the result and summing it up.
     """
@@ -170,6 +173,7 @@ class CompileSeconds:
     codegen: float = 0.0
     inputs: float = 0.0
     cc: float = 0.0
+    gpu: float = 0.0
     judge: float = 0.0
     verify: float = 0.0
     measure: float = 0.0

@@ -16,7 +16,8 @@ from apollo_fuse.cost import missing
 from apollo_fuse.dtypes import DType
 from apollo_fuse.machine import Machine, Runtime
 
-_VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size"})
+VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size"})
+"""Operators that move nothing."""
 _BROADCASTING = frozenset(
     {
         *("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mean", "Sum", "Mod", "Where", "PRelu"),
@@ -111,7 +112,7 @@ def unfused_seconds(nodes: Sequence[Ran], machine: Machine, threads: int) -> flo
 
 
 def _node(node: Ran, machine: Machine, runtime: Runtime, threads: int, around: int) -> float:
-    if node.op_type in _VIEWS or not node.outputs:
+    if node.op_type in VIEWS or not node.outputs:
         return runtime.node
     written = max(tensor.elements for tensor in node.outputs)
     read = node.inputs[0].elements if node.inputs and node.op_type not in _PARTS else 0
@@ -145,6 +146,11 @@ def _span(node: Ran) -> int:
         alike = moving
         span *= shape[-axis]
     return max(1, span)
+
+
+def moving_seconds(node: Ran, machine: Machine) -> float:
+    """Seconds of moving the node's tensors and nothing else, with the whole machine, among other nodes."""
+    return _memory(node, machine, machine.cores, _BUFFERS)
 
 
 def _memory(node: Ran, machine: Machine, threads: int, around: int) -> float:

@@ -195,7 +195,7 @@ def test_the_compile_time_is_told_by_part() -> None:
     text = rendered(render_compile_seconds, FUSED)
     assert (
         "Compiled in 4.00 s: load 0.25, shapes 0.00, partition 0.25, isl 0.50, codegen 0.25, inputs 0.00, "
-        "cc 1.00, judge 0.25, verify 0.50, measure 1.00, write 0.00" in text
+        "cc 1.00, gpu 0.00, judge 0.25, verify 0.50, measure 1.00, write 0.00" in text
     )
     assert "apollo-fuse 0.1.0, onnxruntime 1.32.0" in text
     assert "For x86-64-v2, x86-64-v4; verified as code for x86-64-v4" in text

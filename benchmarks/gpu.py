@@ -1,0 +1,81 @@
+"""Compiles every model for GPUs and says what they would do: ``python -m benchmarks.gpu``; none is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import models
+from apollo_fuse.gpu import KNOWN
+from benchmarks.bench import Failed, child, machine
+from benchmarks.gpu_row import compiled_from
+from benchmarks.gpu_table import HEADER, Row, cells, missed, to_json, to_markdown
+from models import Builder
+
+
+def measured(name: str, target: str, folder: Path, threads: int) -> Row:
+    """The row of one model, in a process of its own; a failure is a row too."""
+    entry = models.find(name)
+    memory_bound = isinstance(entry, Builder) and entry.memory_bound
+    arguments = [name, "--target", target, "--threads", str(threads)]
+    try:
+        found = child("benchmarks.gpu_row", arguments, folder / f"{name}.json")
+    except Failed as failure:
+        return Row(name, memory_bound, error=str(failure))
+    return Row(name, memory_bound, compiled_from(found))
+
+
+def printed(rows: Sequence[Row]) -> Table:
+    """The rows for a console."""
+    table = Table(title="Compiled for GPUs, and not run", caption="(!) does not hold what is asked of it")
+    for place, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if place < 2 else "right", overflow="fold")
+    for row in rows:
+        first, *others = cells(row)
+        table.add_row(f"{first[0]} (!)" if missed(row) else first[0], *first[1:])
+        for line in others:
+            table.add_row(*line)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument(
+        "--only", action="append", choices=models.names(), metavar="NAME", help="this model; may be repeated"
+    )
+    parser.add_argument(
+        "--gpu", action="append", choices=[str(gpu) for gpu in KNOWN], help="this one; may be repeated"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as markdown")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="that compile")
+    chosen = parser.parse_args(arguments)
+    target = ",".join(("cpu", *(chosen.gpu or map(str, KNOWN))))
+    by_kind = sorted(
+        chosen.only or models.names(), key=lambda name: not getattr(models.find(name), "memory_bound", False)
+    )
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in by_kind:
+            rows.append(measured(name, target, Path(folder), chosen.threads))
+            print(f"{name}: {'; '.join(missed(rows[-1])) or 'holds'}", file=sys.stderr, flush=True)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(to_json(rows, machine()), indent=2) + "\n")
+    markdown = to_markdown(rows, machine())
+    if chosen.markdown:
+        chosen.markdown.write_text(markdown)
+    console = Console()
+    console.print(printed(rows) if console.is_terminal else markdown, markup=False, soft_wrap=True)
+    return 1 if any(row.error is not None for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
