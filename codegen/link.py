@@ -19,7 +19,7 @@ from apollo_fuse.cpu import default_threads
 from apollo_fuse.errors import CompilerError
 
 _LINK_FLAGS = ("-shared", "-Wl,--build-id=none", "-Wl,-z,defs")
-_PLUGIN, _GPU_PLUGIN = ("plugin.c", "compute.c"), ("gpu.c", "modules.c", "driver.c")
+_PLUGIN, _GPU_PLUGIN = ("plugin.c", "compute.c"), ("gpu.c", "launches.c", "modules.c", "driver.c")
 _LIBRARIES = ("-lm",)  # the few functions of POSIX threads that the plugin calls are in every glibc's libc
 _COMPILER_LINES_SHOWN = 12
 LARGE_FRAME = 16 * 1024

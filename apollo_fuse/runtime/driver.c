@@ -2,6 +2,7 @@
 #include "driver.h"
 
 #include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -98,6 +99,13 @@ int32_t architecture_of(const driver *driver, int device) {
       driver->GetAttribute(&minor, COMPUTE_CAPABILITY_MINOR, device))
     return 0;
   return 10 * major + minor;
+}
+
+void name_architecture(const driver *driver, int32_t architecture, char *text, size_t size) {
+  if (driver->platform == HIP)
+    snprintf(text, size, "architecture gfx%x", (unsigned)architecture);
+  else
+    snprintf(text, size, "compute capability %d.%d", (int)architecture / 10, (int)architecture % 10);
 }
 
 bool runs(const driver *driver, const af_binary *binary, int32_t architecture) {

@@ -8,8 +8,8 @@
 
 #include "launch.h"
 
-/* The name here, arguments, and the functions of CUDA and of HIP; where a header maps a name to a newer symbol, that
- * one is meant. */
+/* The name here, arguments, and the functions of CUDA and of HIP; where a header maps a name to a newer symbol,
+ * that one is meant. */
 #define DRIVER_ENTRIES(ENTRY)                                                                                   \
   ENTRY(Init, (unsigned flags), "cuInit", "hipInit")                                                            \
   ENTRY(GetErrorName, (int result, const char **name), "cuGetErrorName", "hipDrvGetErrorName")                  \
@@ -63,6 +63,9 @@ const char *error_name(const driver *, int result);
 
 /* The device's architecture as an af_binary has it; 0 where the driver does not say. */
 int32_t architecture_of(const driver *, int device);
+
+/* Writes what such an architecture is called. */
+void name_architecture(const driver *, int32_t architecture, char *text, size_t size);
 
 /* Whether the driver takes the binary, and devices of the architecture run it. */
 bool runs(const driver *, const af_binary *, int32_t architecture);

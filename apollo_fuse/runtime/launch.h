@@ -1,8 +1,8 @@
 /* The contract between kernels compiled for GPUs and the plugin: what the library holds beside its af_nodes.
  *
  * A library made for GPUs holds an af_gpu_op for each af_op that has a form there, and one table, written by
- * apollo_fuse/codegen/launches.py; gpu.c launches them.  Extents are bound, and outputs and temporaries sized, by
- * the af_op, and the work items of each kernel are those of its af_kernel. */
+ * apollo_fuse/codegen/launches.py; launches.c launches them.  Extents are bound, and outputs and temporaries
+ * sized, by the af_op, and the work items of each kernel are those of its af_kernel. */
 #ifndef APOLLO_FUSE_LAUNCH_H
 #define APOLLO_FUSE_LAUNCH_H
 
@@ -48,9 +48,9 @@ typedef struct af_gpu_op {
 
 /* Kernels that are one launch: for some ops of the node the one at this place.
  *
- * Where there are several, they are the members of a function called `stitch`, whose arguments are the address of a
- * table and their number.  The table holds numbers of 64 bits: the first program of each member, then for each where
- * its arguments lie behind all of these, its kind in the upper half, and then the arguments that each has alone. */
+ * Where there are several, they are the members of a function called `stitch`, whose arguments are the address of
+ * a table and their number.  The table holds numbers of 64 bits: the first program of each member, then for each
+ * where its arguments lie behind all of these, its kind in the upper half, then the arguments that each has alone. */
 typedef struct af_run {
   int32_t kernel, count;
   const int32_t *members;    /* places of the ops among the node's */

@@ -2,7 +2,6 @@
 #include "modules.h"
 
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 struct loaded_kernel {
@@ -32,10 +31,7 @@ const af_binary *fitting_binary(const driver *driver, const af_binary *binaries,
 
 static OrtStatus *fits_nothing(const custom_op *self, int32_t architecture) {
   char text[64];
-  if (self->driver->platform == HIP)
-    snprintf(text, sizeof text, "architecture gfx%x", (unsigned)architecture);
-  else
-    snprintf(text, sizeof text, "compute capability %d.%d", (int)architecture / 10, (int)architecture % 10);
+  name_architecture(self->driver, architecture, text, sizeof text);
   return failure(self->owner->api, ORT_FAIL, "%s: its kernels fit no device of %s; name one like it in --target.",
                  self->node->name, text);
 }

@@ -44,6 +44,19 @@ struct registration {
   custom_op ops[];
 };
 
+/* An af_op of the node in one call. */
+typedef struct part {
+  const af_op *op;
+  void **buffers;
+  int64_t *n;
+} part;
+
+#define ALIGNMENT 64 /* of memory that the plugin places */
+
+static inline size_t aligned(int64_t bytes) {
+  return ((size_t)bytes + ALIGNMENT - 1) & ~(size_t)(ALIGNMENT - 1);
+}
+
 #define RETURN_IF_FAILED(call)    \
   do {                            \
     OrtStatus *failure_ = (call); \

@@ -6,17 +6,6 @@
 
 #include "op.h"
 
-#define ALIGNMENT 64
-
-/* An af_op of the node in one call. */
-typedef struct part {
-  const af_op *op;
-  void **buffers;
-  int64_t *n;
-} part;
-
-static size_t aligned(int64_t bytes) { return ((size_t)bytes + ALIGNMENT - 1) & ~(size_t)(ALIGNMENT - 1); }
-
 /* Points each part at its buffers and extents; buffers hold a part's inputs, outputs and temporaries. */
 static void lay_out_parts(const custom_op *self, part *parts, void **buffers, int64_t *n) {
   for (int32_t p = 0; p < self->node->op_count; p++) {
