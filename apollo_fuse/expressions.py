@@ -42,6 +42,7 @@ class Op(Enum):
     NOT = "not"
     SELECT = "select"
     CAST = "cast"
+    BITCAST = "bitcast"  # the same bits in another type of as many
     NEG = "neg"
     ABS = "abs"
     SIGN = "sign"
@@ -75,8 +76,8 @@ class Op(Enum):
 
 _CHEAP = {
     Op.ADD, Op.SUB, Op.MUL, Op.MULTIPLY_ADD, Op.MAX, Op.MIN, Op.EQ, Op.LT, Op.LE, Op.AND, Op.OR, Op.XOR,
-    Op.NOT, Op.SHL, Op.SHR, Op.SELECT, Op.CAST, Op.NEG, Op.ABS, Op.SIGN, Op.FLOOR, Op.CEIL, Op.ROUND,
-    Op.IS_NAN, Op.IS_INF,
+    Op.NOT, Op.SHL, Op.SHR, Op.SELECT, Op.CAST, Op.BITCAST, Op.NEG, Op.ABS, Op.SIGN, Op.FLOOR, Op.CEIL,
+    Op.ROUND, Op.IS_NAN, Op.IS_INF,
 }  # fmt: skip
 
 

@@ -130,6 +130,9 @@ def apply(op: Op, operands: tuple[str, ...], sources: tuple[DType, ...], dtype: 
             return f"{first} ? {operands[1]} : {operands[2]}"
         case Op.CAST:
             return cast(first, sources[0], dtype)
+        case Op.BITCAST:
+            bits = f"AF_BITCAST({STORAGE[sources[0]]}, {STORAGE[dtype]}, {store(sources[0], first)})"
+            return load(dtype, bits)
         case Op.NEG:
             return _narrow(dtype, f"-{first}" if not first.startswith("-") else f"-({first})")
         case Op.ABS if not source.is_float:

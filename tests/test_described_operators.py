@@ -32,6 +32,7 @@ def every_table() -> Iterator[Table]:
     yield transformers.gated("float32")
     yield transformers.others("float32")
     yield transformers.newest("float32")
+    yield transformers.bits("float32")
 
 
 def test_every_description_stands_in_a_table() -> None:

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from models.writing import Graph
 from tests.fusing import fuse_to_session
 from tests.test_operators import (
+    KINDS,
     Case,
     Dims,
     Table,
@@ -18,6 +19,7 @@ from tests.test_operators import (
     check_reduced,
     fused,
     ints,
+    number_of,
     several,
     shapes,
     sized,
@@ -162,6 +164,30 @@ def newest(dtype: str) -> Table:
         Case("SwiGLU", "x y"), Case("SwiGLU", "x y", {"alpha": 1.7}),
     ]  # fmt: skip
     return Table(inputs, cases, ints(first=1, last=-1), 28)
+
+
+def bits(dtype: str) -> Table:
+    """The bits of a type as each other type of as many."""
+    alike = [
+        k
+        for k in (*KINDS, "bfloat16")
+        if np.dtype(k).itemsize == np.dtype(dtype).itemsize and k not in (dtype, "bool")
+    ]
+    cases = [Case("BitCast", "x", {"to": number_of(kind)}) for kind in alike]
+    return Table({"x": (dtype, ["n", 42])}, cases, opset=28)
+
+
+@pytest.mark.parametrize(
+    "dtype", ("float32", "float64", "float16", "bfloat16", "int64", "uint32", "int16", "uint8")
+)
+def test_bits_of_one_type_as_another(dtype: str, tmp_path: Path, cache: Path) -> None:
+    """Numbers alone: those that are none may lose what else their bits say on the way."""
+    table = bits(dtype)
+    model = fused(table, tmp_path, cache)
+    for n in (3, 1, 0):
+        check(model, sized(table, {"n": n}), exact=True)
+    if dtype in ("float32", "float64", "int64"):
+        check(model, sized(table, {"n": 2}, special=True), exact=True)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float64", "int32"))

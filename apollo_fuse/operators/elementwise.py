@@ -189,6 +189,14 @@ def cast(o: Opener) -> Tensor:
     return o.apply(Op.CAST, o.tensor(0), dtype=o.output_dtype())
 
 
+@operator("BitCast")
+def bit_cast(o: Opener) -> Tensor:
+    x, dtype = o.tensor(0), o.output_dtype()
+    if x.dtype.size != dtype.size or DType.BOOL in (x.dtype, dtype):
+        raise Unsupported(f"bits of {x.dtype.value} as {dtype.value}")
+    return o.apply(Op.BITCAST, x, dtype=dtype)
+
+
 @operator("Identity", "Dropout")
 def identity(o: Opener) -> Tensor:
     if len(o.node.outputs) > 1:

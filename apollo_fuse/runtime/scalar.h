@@ -8,6 +8,9 @@
 
 #include "vmath.h"
 
+/* The bits of a value in another type of as many. */
+#define AF_BITCAST(FROM, TO, X) (((union { FROM from; TO to; }){.from = (FROM)(X)}).to)
+
 #define AF_FLOAT_OPS(T, S, FMOD, FLOOR)                                                                  \
   AF_INLINE T af_max_##S(T a, T b) {                                                                     \
     const T greater = a < b ? b : a;                                                                     \

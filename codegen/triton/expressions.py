@@ -170,6 +170,12 @@ def apply(op: Op, operands: tuple[str, ...], constants: tuple[Constant | None, .
             return f"{_FUNCTIONS[op]}({arguments})"
 
 
+def bitcast(value: str, source: DType, target: DType) -> str:
+    """The same bits in another type of as many."""
+    stored = value if source.compute is source else f"{value}.to({STORAGE[source]})"
+    return load(target, f"{stored}.to({STORAGE[target]}, bitcast=True)")
+
+
 def cast(value: str, source: DType, target: DType) -> str:
     """A conversion with the meaning it has in C, also outside the target's range."""
     if target.compute is source.compute and target is target.compute:

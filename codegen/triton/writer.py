@@ -349,9 +349,10 @@ class Writer:
                 items = [block.instructions[o] for o in operands]
                 constants = tuple(i if isinstance(i, Constant) else None for i in items)
                 names = tuple(texts[o] for o in operands)
-                if op is Op.CAST:
+                if op in (Op.CAST, Op.BITCAST):
                     value = names[0] if constants[0] is None else t.typed(constants[0])
-                    return t.cast(value, items[0].dtype, dtype), varying[operands[0]]
+                    convert = t.cast if op is Op.CAST else t.bitcast
+                    return convert(value, items[0].dtype, dtype), varying[operands[0]]
                 text = t.apply(op, names, constants, items[-1].dtype)
                 return text, any(varying[o] for o in operands)
 
