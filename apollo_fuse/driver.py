@@ -28,7 +28,8 @@ from apollo_fuse.evidence import slower, spilled
 from apollo_fuse.feeds import inputs_of, read_inputs, runnable_feeds
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu_kernels import GpuKernels, on_gpus
-from apollo_fuse.graph import Value
+from apollo_fuse.gpu_trials import spilling
+from apollo_fuse.graph import Refused, Value
 from apollo_fuse.joining import Joined, join
 from apollo_fuse.layout import Cut, Layout, cut, load_clean_at, made_for_text
 from apollo_fuse.machine import Machine
@@ -174,12 +175,27 @@ class _Compilation:
             judgements |= self._judge(planned.start.model, chosen, trial, feeds, judgements)
             refused = spilled(chosen.candidates, trial.build, judgements)
             if not refused:
+                refused = self._spilled_on_gpus(chosen, planner, judgements)
+            if not refused:
                 slow = slower(chosen.candidates, judgements)
                 refused = {p: r for p, r in slow.items() if planner.splits(chosen.candidates[p], r)}
             if not refused:
                 return _Judged(chosen, trial, judgements)
             with self._timed("partition"):
                 chosen = planner.regroup(chosen, refused)
+
+    def _spilled_on_gpus(
+        self, chosen: Plan, planner: Planner, judgements: Mapping[str, Judgement]
+    ) -> dict[int, Refused]:
+        """The places of kernels that would be kept, and have too many values alive at a time for some GPU."""
+        if not self.options.gpus:
+            return {}
+        self.progress.stage("compile for GPUs", None)
+        places = [k for k, x in enumerate(chosen.candidates) if judgements[x.variant].accepted]
+        with self._timed("gpu"):
+            found = spilling([chosen.candidates[k] for k in places], solve(self.shapes), self.options)
+        refused = {places[k]: problem for k, problem in found.items()}
+        return {k: r for k, r in refused.items() if planner.splits(chosen.candidates[k], r)}
 
     def _on_gpus(self, taken: Attempt) -> GpuKernels:
         """What the kernels are on the GPUs of the target."""

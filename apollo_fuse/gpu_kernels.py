@@ -1,35 +1,27 @@
-"""The kernels of a model on GPUs: compiled ahead of time, and predicted.
-
-Each kernel is compiled with several numbers of warps, and the cost model, which knows from the compiled ones
-what stays in flight, takes one of them.
-"""
+"""The kernels of a model on GPUs: compiled ahead of time, and predicted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from apollo_fuse.codegen.launches import GpuCode, Kinds, Variant, gpu_form
 from apollo_fuse.codegen.stitched import runs, writer, writes
 from apollo_fuse.codegen.triton.compile import Binary, Job, compile_kernels
 from apollo_fuse.codegen.triton.emit import Launch, Program, emit, emit_stitched
 from apollo_fuse.cold import ColdTraffic, cold_traffic
-from apollo_fuse.cost import Cost, bound, cost_of, cost_of_stitch, taken
+from apollo_fuse.cost import cost_of_stitch, taken
 from apollo_fuse.cpu import default_threads
-from apollo_fuse.dtypes import DType
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu import GpuTarget
+from apollo_fuse.gpu_trials import Compiled, best_of, block_of, extents_of, group_of
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import Symbol
-from apollo_fuse.kernel import Kernel, KernelGroup
-from apollo_fuse.occupancy import Block, occupancy
+from apollo_fuse.kernel import KernelGroup
+from apollo_fuse.occupancy import occupancy
 from apollo_fuse.options import Options
 from apollo_fuse.report import GpuReport
 from apollo_fuse.stitching import Stitch
-from apollo_fuse.summary import evaluate
-
-_FACTORS = (1.0, 0.5, 2.0)  # times the warps that a kernel is emitted for; the first where several are alike
-_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +34,6 @@ class GpuKernels:
     reports: Mapping[str, Mapping[str, GpuReport]]
     code: GpuCode
     dumps: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    """A kernel with a number of warps, and what it takes; `cost` is None where the run takes another form."""
-
-    binary: Binary
-    cost: Cost | None
 
 
 def on_gpus(
@@ -78,14 +62,14 @@ def on_gpus(
     alone: dict[GpuTarget, dict[str, list[Binary]]] = {}
     for gpu in options.gpus:
         alone[gpu] = {}
-        for (candidate, program), kernels in zip(jobs, _chosen(jobs, gpu, sizes, options), strict=True):
-            cold = cold_traffic(candidate.group, program.launches, _extents(candidate, sizes), gpu.machine)
+        for (candidate, program), kernels in zip(jobs, best_of(jobs, gpu, sizes, options), strict=True):
+            cold = cold_traffic(candidate.group, program.launches, extents_of(candidate, sizes), gpu.machine)
             reports[candidate.variant][str(gpu)] = _report(kernels, gpu, [cold])
             alone[gpu][candidate.variant] = [x.binary for x in kernels]
     launches = {candidate.name: program.launches for candidate, program in jobs}
     variants: dict[str, list[Variant]] = {name: [] for name in launches}
     for candidate, _ in jobs:
-        own = _extents(candidate, sizes)
+        own = extents_of(candidate, sizes)
         extents = tuple(own.get(extent.symbol, 0) for extent in candidate.group.extents)
         binaries = {gpu: alone[gpu][candidate.variant] for gpu in options.gpus}
         variants[candidate.name].append(Variant(extents, binaries))
@@ -103,70 +87,6 @@ def on_gpus(
         for candidate, _ in jobs
     }
     return GpuKernels(reports, GpuCode(forms, stitched.binaries, stitched.writer), stitched.texts)
-
-
-def _chosen(
-    programs: Sequence[tuple[Candidate, Program]],
-    target: GpuTarget,
-    sizes: Mapping[Symbol, int],
-    options: Options,
-) -> list[list[_Compiled]]:
-    """For each program its kernels in order, each with the warps that serve it best."""
-    jobs = [
-        Job(program.text, launch, _types(candidate.group))
-        for candidate, program in programs
-        for each in program.launches
-        for launch in _variants(each, target)
-    ]
-    workers = options.threads or default_threads()
-    binaries = iter(compile_kernels(jobs, target, options.cache_dir, workers))
-    found: list[list[_Compiled]] = []
-    for candidate, program in programs:
-        variants = {
-            launch.kernel: [next(binaries) for _ in _variants(launch, target)] for launch in program.launches
-        }
-        found.append(_best(candidate, variants, target, sizes))
-    return found
-
-
-def _variants(launch: Launch, target: GpuTarget) -> list[Launch]:
-    most = _MOST_THREADS // target.warp
-    warps = dict.fromkeys(max(1, min(most, int(launch.warps * factor))) for factor in _FACTORS)
-    return [replace(launch, warps=number) for number in warps]
-
-
-def _types(group: KernelGroup) -> dict[str, DType]:
-    return {v.name: v.dtype for v in (*group.inputs, *group.outputs, *group.temporaries)}
-
-
-def _best(
-    candidate: Candidate,
-    variants: Mapping[str, Sequence[Binary]],
-    target: GpuTarget,
-    sizes: Mapping[Symbol, int],
-) -> list[_Compiled]:
-    """The fewest spills, and then the least predicted time where the run takes the kernel."""
-    group, own = candidate.group, _extents(candidate, sizes)
-    run = taken(group, own)
-    found: list[_Compiled] = []
-    for kernel in group.kernels:
-        if kernel not in run:
-            found.append(_Compiled(min(variants[kernel.name], key=lambda x: x.spills), None))
-            continue
-        alone = _alone(group, kernel)
-        costs = [(b, cost_of(alone, own, target.machine, block=_block(b))) for b in variants[kernel.name]]
-        found.append(_Compiled(*min(costs, key=lambda x: (x[0].spills, x[1].seconds))))
-    return found
-
-
-def _extents(candidate: Candidate, sizes: Mapping[Symbol, int]) -> dict[Symbol, int]:
-    shapes = [[evaluate(extent, sizes) for extent in value.shape] for value in candidate.micro_graph.inputs]
-    return bound(candidate.group, shapes, {})
-
-
-def _alone(group: KernelGroup, kernel: Kernel) -> KernelGroup:
-    """A group that always runs the one kernel."""
-    return replace(group, kernels=(replace(kernel, form=0),), forms=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,30 +136,30 @@ def _report_of_stitch(
     """Those of a run: launches that members share, and those that write the table."""
     names = [member.name for member in stitch.members]
     shared = runs(names, launches)
-    started: list[_Compiled] = []
+    started: list[Compiled] = []
     for run in shared:
         taking: list[tuple[KernelGroup, Mapping[Symbol, int]]] = []
         rows: list[int] = []
         for member in (stitch.members[place] for place in run.members):
-            kernel, extents = member.group.kernels[run.kernel], _extents(member, sizes)
+            kernel, extents = member.group.kernels[run.kernel], extents_of(member, sizes)
             if kernel in taken(member.group, extents):
-                taking.append((_alone(member.group, kernel), extents))
+                taking.append((group_of(member.group, kernel), extents))
                 rows.append(launches[member.name][run.kernel].rows)
         if len(run.members) > 1:
             binary = stitched[run.kinds(names), run.kernel][target]
         else:
             binary = alone[stitch.members[run.members[0]].variant][run.kernel]
         if taking:
-            block = _block(binary)
-            started.append(_Compiled(binary, cost_of_stitch(taking, target.machine, block=block, rows=rows)))
+            block = block_of(binary)
+            started.append(Compiled(binary, cost_of_stitch(taking, target.machine, block=block, rows=rows)))
     cold = [
-        cold_traffic(x.group, launches[x.name], _extents(x, sizes), target.machine) for x in stitch.members
+        cold_traffic(x.group, launches[x.name], extents_of(x, sizes), target.machine) for x in stitch.members
     ]
     return _report(started, target, cold, writes(shared, names, launches))
 
 
 def _report(
-    kernels: Sequence[_Compiled], target: GpuTarget, cold: Sequence[ColdTraffic], writes: int = 0
+    kernels: Sequence[Compiled], target: GpuTarget, cold: Sequence[ColdTraffic], writes: int = 0
 ) -> GpuReport:
     """What a run launches, and moves with `cold` caches; `writes` launches more only write a table."""
     machine = target.machine
@@ -252,14 +172,10 @@ def _report(
         spills=sum(binary.spills for binary, _ in costs),
         shared_bytes=max(binary.shared_bytes for binary, _ in costs),
         num_warps=longest.threads // target.warp,
-        occupancy=occupancy(machine.gpu, _block(longest)),
+        occupancy=occupancy(machine.gpu, block_of(longest)),
         dram_bytes=sum(cost.moved[machine.levels[-1].name] for _, cost in costs),
         cold_bytes=sum(traffic.moved for traffic in cold),
         compulsory_bytes=sum(traffic.compulsory for traffic in cold),
         predicted_us=(sum(cost.seconds for _, cost in costs) + writes * machine.node) * 1e6,
         binary_bytes=sum({binary.path: binary.bytes for binary, _ in costs}.values()),
     )
-
-
-def _block(binary: Binary) -> Block:
-    return Block(binary.threads, binary.registers, binary.shared_bytes, binary.items)

@@ -26,7 +26,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from apollo_fuse import driver, gpu_kernels, onnx_io
+from apollo_fuse import driver, gpu_kernels, gpu_trials, onnx_io
 from apollo_fuse.acceptance import needed_values
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
@@ -380,7 +380,11 @@ def fused(
         fuse_all=True,
         cache_dir=folder / "cache",
     )
-    with patched(gpu_kernels, "compile_kernels", pretended.compile), patched(Trial, "write", noted):
+    with (
+        patched(gpu_kernels, "compile_kernels", pretended.compile),
+        patched(gpu_trials, "compile_kernels", pretended.compile),
+        patched(Trial, "write", noted),
+    ):
         report = driver.fuse(folder / "net.onnx", options=options)
     assert report.library is not None
     written = onnx.load(report.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -58,17 +59,21 @@ def test_isl_that_runs_out_of_operations_sends_its_micro_graph_back(tmp_path: Pa
     assert not whole.feedback_rounds and whole.distinct_kernels == 2
 
 
+def many_live_values(count: int) -> onnx.ModelProto:
+    """A chain whose values are all needed again once their sum is complete."""
+    made = [f"c{i} = Add(x, w{i}) e{i} = Sqrt(c{i})" for i in range(count)]
+    summed = ["s0 = Identity(e0)"] + [f"s{i} = Add(s{i - 1}, e{i})" for i in range(1, count)]
+    again = [f"p0 = Add(s{count - 1}, e0)"] + [f"p{i} = Sub(p{i - 1}, e{i})" for i in range(1, count)]
+    text = f"g (float[N, 64] x) => (float[N, 64] p{count - 1}) {{ {' '.join([*made, *summed, *again])} }}"
+    return text_model(text, **{f"w{i}": np.float32(i + 1) for i in range(count)})
+
+
 def test_more_live_values_than_the_compiler_has_room_for_send_a_kernel_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "LARGE_FRAME", 1024)  # a test of the real limit compiles for many seconds
     monkeypatch.setattr(evidence, "MOST_SPILLED", 1024)
-    count = 120  # values that are all needed again once their sum is complete
-    made = [f"c{i} = Add(x, w{i}) e{i} = Sqrt(c{i})" for i in range(count)]
-    summed = ["s0 = Identity(e0)"] + [f"s{i} = Add(s{i - 1}, e{i})" for i in range(1, count)]
-    again = [f"p0 = Add(s{count - 1}, e0)"] + [f"p{i} = Sub(p{i - 1}, e{i})" for i in range(1, count)]
-    text = f"g (float[N, 64] x) => (float[N, 64] p{count - 1}) {{ {' '.join([*made, *summed, *again])} }}"
-    model = text_model(text, **{f"w{i}": np.float32(i + 1) for i in range(count)})
+    model = many_live_values(120)
     onnx.save(model, tmp_path / "net.onnx")
     options = Options((InputShape("x", (16, 64)),), max_area_operators=2000, measure=False, threads=1)
     report = fuse(tmp_path / "net.onnx", options=dataclasses.replace(options, cache_dir=tmp_path / "cache"))
@@ -76,6 +81,25 @@ def test_more_live_values_than_the_compiler_has_room_for_send_a_kernel_back(
     assert refused and {(r.rule, r.reason) for r in refused} == {("codegen", "too many live values")}
     assert "bytes of registers are spilled" in refused[0].evidence
     assert report.distinct_kernels >= 2 and report.verification.passed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_more_live_values_than_a_gpu_has_registers_for_send_a_kernel_back(tmp_path: Path) -> None:
+    onnx.save(many_live_values(80), tmp_path / "net.onnx")
+    options = Options(
+        target="cpu,cuda:90",
+        shapes=(InputShape("x", (4096, 64)),),
+        measure=False,
+        max_area_operators=1000,
+        cache_dir=tmp_path / "cache",
+    )
+    report = fuse(tmp_path / "net.onnx", options=options)
+    refused = [r.refused for r in report.feedback_rounds]
+    assert refused and {(r.rule, r.reason) for r in refused} == {("codegen.triton", "too many live values")}
+    assert "bytes of registers are spilled by a thread on cuda:90" in refused[0].evidence
+    kept = [kernel for kernel in report.kernels if kernel.accepted]
+    assert len(kept) >= 2 and all(kernel.gpu["cuda:90"].spills == 0 for kernel in kept)
+    assert report.verification.passed
 
 
 @pytest.fixture
