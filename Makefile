@@ -4,6 +4,7 @@
 # make bench-ablation   measure what each layer of the fusion gains
 # make bench-stitching   measure reductions against kernels written by hand
 # make bench-gpu   compile the model set for GPUs and predict what they would do; none is needed
+# make gpu   run every kernel of the model set on the GPU at hand, check and time it
 # make bench-cost   measure how far the cost model is from what kernels take
 # make notebook   run notebooks/fused_vs_unfused.ipynb and store it with what it measured
 # make scale   measure how the compiler's time and memory grow with the model
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench bench-ablation bench-cost bench-gpu bench-stitching notebook scale lint clean
+.PHONY: demo test test-all bench bench-ablation bench-cost bench-gpu bench-stitching gpu notebook scale lint clean
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
@@ -58,6 +59,12 @@ bench-cost: $(INSTALLED)
 bench-gpu: $(INSTALLED)
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.gpu --json build/gpu.json --markdown build/gpu.md $(GPU_ARGS)
+
+# 77 says that there is no GPU, which is no failure.
+gpu: $(INSTALLED)
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.on_device --json build/on_device.json --markdown build/on_device.md $(GPU_ARGS) \
+	|| [ $$? -eq 77 ]
 
 notebook: $(INSTALLED)
 	$(BIN)/python -m notebooks.run $(NOTEBOOK_ARGS)

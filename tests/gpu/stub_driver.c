@@ -36,7 +36,7 @@ const char *failing; /* a function that fails with `failure` */
 int failure;
 int (*on_launch)(const launched *);
 /* What the test reads. */
-int starts, loads, unloads, retained, released, launches;
+int starts, loads, unloads, retained, released, launches, allocated, freed;
 /* A stream of each device, as onnxruntime would have made it. */
 context contexts[DEVICES];
 
@@ -100,7 +100,9 @@ static _Thread_local context *stack[DEPTH];
 static _Thread_local int depth;
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-  if (device < 0 || device >= device_count || (attribute != 75 && attribute != 76)) return INVALID_VALUE;
+  if (device < 0 || device >= device_count || (attribute != 75 && attribute != 76 && attribute != 36 && attribute != 37))
+    return INVALID_VALUE;
+  if (attribute < 75) return *value = attribute == 36 ? 1000000 : 4096, 0; /* kHz, bits: 1,024 GB/s */
   *value = attribute == 75 ? architectures[device] / 10 : architectures[device] % 10;
   return 0;
 }
@@ -152,6 +154,39 @@ int FUNCTION(cuModuleGetFunction, hipModuleGetFunction)(function **out, module *
 }
 
 #ifndef HIP
+/* What a program that has no onnxruntime asks for itself: memory, which the host reads too, a stream, and times. */
+int cuMemAlloc_v2(void **out, size_t size) {
+  FAIL_IF_TOLD();
+  if (!current()) return INVALID_CONTEXT;
+  return count(&allocated), (*out = malloc(size)) ? 0 : 2;
+}
+
+int cuMemFree_v2(void *gone) { return free(gone), count(&freed), 0; }
+
+int cuMemcpyHtoD_v2(void *to, const void *from, size_t size) { return memcpy(to, from, size), 0; }
+
+int cuMemcpyDtoH_v2(void *to, const void *from, size_t size) { return memcpy(to, from, size), 0; }
+
+int cuStreamCreate(context **out, unsigned flags) { return flags ? INVALID_VALUE : (*out = current(), 0); }
+
+int cuStreamSynchronize(context *stream) {
+  FAIL_IF_TOLD();
+  return stream == current() ? 0 : INVALID_HANDLE;
+}
+
+int cuEventCreate(int **out, unsigned flags) { return flags ? INVALID_VALUE : (*out = calloc(1, sizeof **out), 0); }
+
+int cuEventRecord(int *event, context *stream) {
+  return stream == current() ? (*event = launches, 0) : INVALID_HANDLE;
+}
+
+int cuEventSynchronize(int *event) { return *event < 0; }
+
+/* A launch takes a millisecond. */
+int cuEventElapsedTime(float *out, const int *first, const int *last) { return *out = (float)(*last - *first), 0; }
+
+int cuEventDestroy_v2(int *event) { return free(event), 0; }
+
 int cuFuncSetAttribute(function *function, int attribute, int value) {
   FAIL_IF_TOLD();
   if (attribute != 8) return INVALID_VALUE;
