@@ -2,7 +2,8 @@
 
 A compiler gives a sum that lanes share one vector of partial sums.  Where little is done to each element, the
 loop then takes as long as its additions take one after the other.  With the row in four parts, side by side,
-there are four that do not need each other.
+there are four that do not need each other.  That is for rows that an earlier loop has brought near: out of
+memory a row comes fastest when it is read from one end to the other.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from apollo_fuse.kernel import (
     Step,
     Target,
     substituted,
+    walk,
 )
 
 _PARTS = 4
@@ -37,10 +39,11 @@ def interleave_sums(kernel: Kernel) -> Kernel:
 
 @dataclass(slots=True)
 class _Interleaving:
-    """`partial` are the accumulators of the parts behind the first."""
+    """`partial` are the accumulators of the parts behind the first, `near` the rows that loops went over."""
 
     kernel: Kernel
     partial: list[Buffer] = field(default_factory=list)
+    near: set[Target] = field(default_factory=set)
 
     def steps(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         result: list[Step] = []
@@ -49,6 +52,7 @@ class _Interleaving:
                 result.append(step)
             elif step.kind is LoopKind.LANE:
                 result += self._interleaved(step)
+                self.near |= _rows(step)
             else:
                 result.append(replace(step, body=self.steps(step.body)))
         return tuple(result)
@@ -85,7 +89,7 @@ class _Interleaving:
         folds = [s for s in loop.body if isinstance(s, Compute) and s.combine is Op.ADD and self._is_sum(s)]
         known = loop.iterator.extent.constant
         short = known is not None and known < _LONG
-        if len(folds) < len(loop.body) or short or loop.limit is not None:
+        if len(folds) < len(loop.body) or short or loop.limit is not None or not _rows(loop) <= self.near:
             return []
         return folds if sum(_cost(fold.block, loop.iterator) for fold in folds) <= _CHEAP else []
 
@@ -97,6 +101,18 @@ class _Interleaving:
         own = replace(self.kernel.buffer(name), name=f"{name}_{number}")
         self.partial.append(own)
         return Target(own.name, ZERO)
+
+
+def _rows(loop: Loop) -> set[Target]:
+    """What the lanes read and write, by the first one's place."""
+    computes = [step for step in walk(loop.body) if isinstance(step, Compute)]
+    reads = (Target(x.tensor, x.indices[0]) for step in computes for x in step.block.loads)
+    places = (place for places in (reads, (t for step in computes for t in step.targets)) for place in places)
+    return {
+        Target(place.buffer, place.offset.substitute({loop.iterator: ZERO}))
+        for place in places
+        if loop.iterator in place.offset.atoms()
+    }
 
 
 def _cost(block: Block, lane: Iterator) -> int:
