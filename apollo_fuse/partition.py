@@ -15,7 +15,7 @@ from apollo_fuse.graph import MicroGraph, Operator, Pattern, Refused, Value
 from apollo_fuse.index import product
 from apollo_fuse.layout import Layout
 from apollo_fuse.options import Options
-from apollo_fuse.passes.aggregate_ops import AggregateOps, Limits
+from apollo_fuse.passes.aggregate_ops import CALLED, AggregateOps, Limits
 from apollo_fuse.passes.extract_clusters import ExtractClusters, operands
 from apollo_fuse.passes.leave_to_convolution import left_to_convolution
 from apollo_fuse.passes.leave_to_quantized import left_to_quantized
@@ -25,7 +25,6 @@ from apollo_fuse.symbolic import values_of
 
 _SLOW_ALONE = frozenset({"PRelu"})  # takes onnxruntime 40 times as long as Mul, whatever the threads
 _SMALL = 32  # elements; below this a group computes shapes, not data
-_CALLED = 16 * 1024  # elements that take less time to move than an operator takes to be called
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +210,7 @@ def _is_small(micro_graph: MicroGraph) -> bool:
     """Whether calling it is most of what an area costs, which others that are called with it could share."""
     sizes = [product(v.shape).constant for v in (*micro_graph.inputs, *micro_graph.outputs)]
     moves = bool(micro_graph.outputs) and micro_graph.pattern > Pattern.RESHAPE
-    return moves and all(size is not None and size <= _CALLED for size in sizes)
+    return moves and all(size is not None and size <= CALLED for size in sizes)
 
 
 def _unit(micro_graph: MicroGraph, pays_alone: bool) -> Unit:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive
+from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive, Value
 from apollo_fuse.index import Index, Iterator, product
 from apollo_fuse.passes.contraction import Contraction
 
+CALLED = 16 * 1024  # elements that take less time to move than an operator takes to be called
+_OPEN = 16  # what an open extent counts for beside that
 EXPENSIVE = 10  # cost (see Block.cost) from which computing a value again is worse than keeping it
 
 
@@ -253,7 +255,8 @@ class _Growth:
     def without_views(self, group: Sequence[int], escaping: frozenset[str]) -> list[list[int]]:
         """The group, and alone each view at its end of what is needed outside as it is, too.
 
-        In the kernel the view would be written beside it; outside, onnxruntime moves no data for one.
+        In the kernel the view would be written beside it; outside, onnxruntime moves no data for one, but it
+        calls an operator, in which time a small one is written.
         """
         rest, views = set(group), set[int]()
         while loose := {place for place in rest if self._is_loose_view(place, rest, escaping)}:
@@ -263,7 +266,9 @@ class _Growth:
 
     def _is_loose_view(self, place: int, group: set[int], escaping: frozenset[str]) -> bool:
         operator = self.cluster[place]
-        if operator.pattern is not Pattern.RESHAPE or len(group) == 1:
+        if operator.pattern is not Pattern.RESHAPE or operator.op_type == "Identity" or len(group) == 1:
+            return False
+        if not any(_is_large(v) for v in operator.outputs):
             return False
         ends = all(group.isdisjoint(self.readers.get(v.name, ())) for v in operator.outputs)
         made = (v.name for v in operator.inputs if self.producer_of.get(v.name) in group)
@@ -368,22 +373,33 @@ def _extents(primitive: Primitive) -> tuple[Index, Index]:
 def _windowed(operator: Operator) -> set[str]:
     """The inputs of which a result takes several elements side by side.
 
-    They have an axis that several loops walk together, other than to split it into parts, or that is read at
-    several places at a time.
+    They have an axis that several loops walk together, other than to split it into parts, or that one result
+    walks at several places at a time.
     """
     extents = {v.name: v.shape for v in operator.inputs}
     found: set[str] = set()
-    places: dict[tuple[str, int], Index] = {}
-    for primitive in operator.primitives:
+    places: dict[tuple[str, str, int], Index] = {}
+    results = {v.name: {v.name} for v in operator.outputs}  # those that a tensor goes into
+    for primitive in reversed(operator.primitives):
+        reached = results.get(primitive.output.name, set())
         for load in primitive.block.loads:
+            results.setdefault(load.tensor, set()).update(reached)
             for axis, index in enumerate(load.indices if load.tensor in extents else ()):
                 walked = index.iterators()
                 if len(walked) > 1 and product(i.extent for i in walked) != extents[load.tensor][axis]:
                     found.add(load.tensor)
                 place = index.substitute({i: Index.of(Iterator("i", i.extent)) for i in walked})
-                if places.setdefault((load.tensor, axis), place) != place:
+                seen = (places.setdefault((n, load.tensor, axis), place) for n in reached if walked)
+                if any(other != place for other in seen):
                     found.add(load.tensor)
     return found
+
+
+def _is_large(value: Value) -> bool:
+    """Whether writing it takes longer than calling an operator, open extents being `_OPEN`."""
+    size = product(value.shape)
+    known = size.substitute({symbol: Index.of(_OPEN) for symbol in size.symbols()}).constant
+    return known is None or known > CALLED
 
 
 def _larger(a: Index, b: Index) -> Index:

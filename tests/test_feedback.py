@@ -203,7 +203,7 @@ def test_what_is_not_worth_a_kernel_is_not_grouped_anew(tmp_path: Path) -> None:
     assert len(outcome.left) == len(areas) and not outcome.rounds
 
 
-ROWS = """g (float[B, S, 64] x) => ({outputs}float[M, 64] y) <int64[2] rows = {{-1, 64}}> {{
+ROWS = """g (float[B, S, 8, 64] x) => ({outputs}float[M, 512] y) <int64[2] rows = {{-1, 512}}> {{
   a = Add(x, w) b = Mul(a, a) c = Tanh(b) d = Mul(c, a) y = Reshape(d, rows) }}"""
 """Rows of a batch go into a matrix product as one matrix."""
 
@@ -215,13 +215,29 @@ def test_no_affine_index_writes_open_rows_in_another_shape_and_none_has_to(tmp_p
 
 
 def test_a_view_beside_its_operand_is_not_written_twice(tmp_path: Path) -> None:
-    planned = planner(ROWS.format(outputs="float[B, S, 64] d, "), tmp_path, Options()).plan()
+    planned = planner(ROWS.format(outputs="float[B, S, 8, 64] d, "), tmp_path, Options()).plan()
     assert [op_types(x) for x in planned.candidates] == [["Add", "Mul", "Tanh", "Mul"]]
     assert [x.refused.reason for x in planned.left] == ["a single operator"]
 
 
 def test_rows_in_another_shape_hold_what_they_held(tmp_path: Path) -> None:
     onnx.save(text_model(ROWS.format(outputs=""), w=normal(64)), tmp_path / "net.onnx")
-    shapes = (InputShape("x", (3, 5, 64)),)
+    shapes = (InputShape("x", (3, 5, 8, 64)),)
     report = fuse(tmp_path / "net.onnx", options=Options(shapes=shapes, measure=False, strict=True))
     assert report.distinct_kernels == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """g (float[N, 64] x) => (float[N, 32] y)
+        { a = Mul(x, w) b, c = Split <axis = 1, num_outputs = 2> (a) d = Sigmoid(b) y = Mul(d, c) }""",
+        "g (float[N, 64] x) => (int64[N, 1] y) { a = Mul(x, w) b = Softmax(a) y = ArgMax <axis = 1> (b) }",
+    ],
+    ids=["parts of a row", "a row and its first element"],
+)
+def test_what_is_read_at_several_places_but_in_no_window_is_computed_in_the_kernel(
+    text: str, tmp_path: Path
+) -> None:
+    (candidate,) = planner(text, tmp_path, Options()).plan().candidates
+    assert op_types(candidate)[0] == "Mul" and len(op_types(candidate)) > 2
