@@ -122,6 +122,17 @@ def test_a_reduction_inside_the_loop_of_another_agrees(interpreter: Interpreter,
     assert check_kernels(interpreter, model, {"x": normal(3, 24, 50)}, tmp_path, block=16)
 
 
+def test_rows_side_by_side_keep_to_their_own_part_of_an_output(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    """Five rows of a program's 64: what the others would keep lies behind the output."""
+    text = "g (float[n, n, 8] x) => (float[n, n, 8] y) { y = Softmax <axis = 1> (x) }"
+    _, (candidate,) = candidates_of(text_model(text), tmp_path)
+    stores = [x for x in emitted(candidate).text.splitlines() if "tl.store(t1_own" in x]
+    assert stores and all("mask=program_inside" in x for x in stores)
+    assert check_kernels(interpreter, text_model(text), {"x": normal(5, 5, 8)}, tmp_path)
+
+
 def test_what_a_row_keeps_in_memory_is_read_behind_a_barrier(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:

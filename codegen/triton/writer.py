@@ -361,9 +361,14 @@ class Writer:
     def _varies(self, index: Index) -> bool:
         return self._lane is not None and not self._lane.iterators.isdisjoint(index.iterators())
 
-    def _mask(self, index: Index) -> str:
+    def _mask(self, index: Index, own: bool = False) -> str:
+        """Keeps an access inside; each row has `own` memory from another place on."""
         axes = (axis for axis in (self._row, self._lane) if axis is not None)
-        along = [axis for axis in axes if not axis.iterators.isdisjoint(index.iterators())]
+        along = [
+            axis
+            for axis in axes
+            if (own and axis is self._row) or not axis.iterators.isdisjoint(index.iterators())
+        ]
         masks = [axis.inside for axis in along if axis.inside is not None]
         return f", mask={' & '.join(masks)}" if masks else ""
 
@@ -380,7 +385,9 @@ class Writer:
             return self._names.at_hand[target]
         buffer = self.kernel.buffer(target.buffer)
         place = self._place(target)
-        return t.load(buffer.dtype, f"tl.load({place}{self._mask(target.offset)})")
+        return t.load(
+            buffer.dtype, f"tl.load({place}{self._mask(target.offset, target.buffer in self.places)})"
+        )
 
     def _write(self, target: Target, value: str, varies: bool) -> None:
         """Stores convert to the type of the memory, as halves are, and truth values to bytes."""
@@ -396,7 +403,8 @@ class Writer:
         if varies and not self._varies(target.offset):
             raise NotEmitted("the lanes of a block write one element", f"{target.buffer}[{target.offset}]")
         place = self._place(target)
-        self.line(f"tl.store({place}, {value}{self._mask(target.offset)})")
+        mask = self._mask(target.offset, target.buffer in self.places)
+        self.line(f"tl.store({place}, {value}{mask})")
         for stale in [x for x in self._names.at_hand if x.buffer == target.buffer]:
             del self._names.at_hand[stale]
         if varies and self._is_kept(target):
