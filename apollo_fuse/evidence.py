@@ -29,8 +29,7 @@ def spilled(
         if judgements[candidate.variant].gain >= CLEAR_GAIN:
             continue
         frame = link.large_frame(build.objects[candidate.name])
-        excess = frame - _arrays(candidate.group)
-        if excess > MOST_SPILLED:
+        if frame > MOST_SPILLED and (excess := frame - _arrays(candidate.group)) > MOST_SPILLED:
             evidence = f"{excess} bytes of registers are spilled to the stack, at most {MOST_SPILLED} may be"
             found[place] = Refused((), "codegen", "too many live values", evidence)
     return found

@@ -6,8 +6,9 @@ is what golden tests compare and ``--dump`` writes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from collections.abc import Iterator as Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypeAlias
 
@@ -222,6 +223,19 @@ def walk(steps: tuple[Step, ...]) -> Generator[Step]:
         yield step
         if isinstance(step, Loop):
             yield from walk(step.body)
+
+
+def with_lane_loops(steps: tuple[Step, ...], instead: Callable[[Loop], Iterable[Step]]) -> tuple[Step, ...]:
+    """The steps with what `instead` gives in the place of each lane loop, in the order of the steps."""
+    result: list[Step] = []
+    for step in steps:
+        if not isinstance(step, Loop):
+            result.append(step)
+        elif step.kind is LoopKind.LANE:
+            result += instead(step)
+        else:
+            result.append(replace(step, body=with_lane_loops(step.body, instead)))
+    return tuple(result)
 
 
 def buffers_of(steps: tuple[Step, ...]) -> set[str]:

@@ -10,25 +10,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from apollo_fuse.index import Iterator
-from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Scope, Step, Target
+from apollo_fuse.kernel import Compute, Kernel, Loop, Scope, Step, Target, with_lane_loops
 
 _TOGETHER = 4  # stores that jump, up to which one loop is left as it is
 
 
 def distribute_lanes(kernel: Kernel) -> Kernel:
-    return replace(kernel, body=_distributed(kernel, kernel.body))
+    def parts(loop: Loop) -> list[Step]:
+        return [replace(loop, body=(one,)) for one in loop.body] if _parts(kernel, loop) else [loop]
 
-
-def _distributed(kernel: Kernel, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    result: list[Step] = []
-    for step in steps:
-        if not isinstance(step, Loop):
-            result.append(step)
-        elif step.kind is LoopKind.LANE and _parts(kernel, step):
-            result += [replace(step, body=(one,)) for one in step.body]
-        else:
-            result.append(replace(step, body=_distributed(kernel, step.body)))
-    return tuple(result)
+    return replace(kernel, body=with_lane_loops(kernel.body, parts))
 
 
 def _parts(kernel: Kernel, loop: Loop) -> bool:

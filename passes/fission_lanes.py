@@ -18,11 +18,11 @@ from apollo_fuse.kernel import (
     Compute,
     Kernel,
     Loop,
-    LoopKind,
     Scope,
     Step,
     Target,
     buffers_of,
+    with_lane_loops,
     written_by,
 )
 
@@ -34,7 +34,7 @@ _MOST_BYTES = 64 * 1024  # that one loop's parts hand on, to stay in the nearer 
 def fission_lanes(kernel: Kernel) -> Kernel:
     """The kernel with each lane loop of more than twice `BODY` in parts."""
     fission = _Fission(kernel)
-    body = fission.steps(kernel.body)
+    body = with_lane_loops(kernel.body, fission.parts)
     kept = tuple(b for b in kernel.buffers if b.name not in fission.widened)
     return replace(kernel, buffers=(*kept, *fission.buffers), body=body)
 
@@ -47,30 +47,19 @@ class _Fission:
     buffers: list[Buffer] = field(default_factory=list)
     widened: set[str] = field(default_factory=set)
 
-    def steps(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        result: list[Step] = []
-        for step in steps:
-            if not isinstance(step, Loop):
-                result.append(step)
-            elif (parts := self._parts(step)) is not None:
-                result += parts
-            else:
-                result.append(replace(step, body=self.steps(step.body)))
-        return tuple(result)
-
-    def _parts(self, loop: Loop) -> list[Step] | None:
+    def parts(self, loop: Loop) -> list[Step]:
         """The loop as several; lanes are independent, so that each may run after all of the one before.
 
-        None where it is short, or what they would hand on is too much.
+        As it is where it is short, or what they would hand on is too much.
         """
         lanes = loop.iterator.extent.constant
         computes = _long_body(loop)
         if lanes is None or computes is None:
-            return None
+            return [loop]
         lane, slots = Index.of(loop.iterator), _Slots(f"part{len(self.buffers)}", loop.iterator.extent)
         short = [part for compute in computes for part in _shorter(compute, lane, slots)]
         if sum(lanes * max(4, b.dtype.compute.size) for b in slots.buffers) > _MOST_BYTES:
-            return None
+            return [loop]
         self.buffers += slots.buffers
         bodies: list[list[Compute]] = [[]]
         cost = 0
@@ -183,8 +172,6 @@ class _Left:
 
 def _long_body(loop: Loop) -> list[Compute] | None:
     """The statements of a lane loop that is to be parted."""
-    if loop.kind is not LoopKind.LANE:
-        return None
     computes = [step for step in loop.body if isinstance(step, Compute) and step.combine is None]
     long = sum(compute.block.cost for compute in computes) > 2 * BODY
     return computes if long and len(computes) == len(loop.body) else None

@@ -24,6 +24,7 @@ from apollo_fuse.kernel import (
     Target,
     substituted,
     walk,
+    with_lane_loops,
 )
 
 _PARTS = 4
@@ -33,7 +34,7 @@ _LONG = 256  # elements; a shorter row is over before it matters
 
 def interleave_sums(kernel: Kernel) -> Kernel:
     interleaving = _Interleaving(kernel)
-    body = interleaving.steps(kernel.body)
+    body = with_lane_loops(kernel.body, interleaving.instead)
     return replace(kernel, buffers=(*kernel.buffers, *interleaving.partial), body=body)
 
 
@@ -45,17 +46,10 @@ class _Interleaving:
     partial: list[Buffer] = field(default_factory=list)
     near: set[Target] = field(default_factory=set)
 
-    def steps(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        result: list[Step] = []
-        for step in steps:
-            if not isinstance(step, Loop):
-                result.append(step)
-            elif step.kind is LoopKind.LANE:
-                result += self._interleaved(step)
-                self.near |= _rows(step)
-            else:
-                result.append(replace(step, body=self.steps(step.body)))
-        return tuple(result)
+    def instead(self, loop: Loop) -> list[Step]:
+        interleaved = self._interleaved(loop)
+        self.near |= _rows(loop)
+        return interleaved
 
     def _interleaved(self, loop: Loop) -> list[Step]:
         folds = self._folds(loop)

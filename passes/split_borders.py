@@ -12,26 +12,14 @@ from dataclasses import dataclass, replace
 
 from apollo_fuse.expressions import Load, Position
 from apollo_fuse.index import ZERO, Atom, Index, Indirect, Iterator, Maximum, maximum, minimum
-from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Step, substituted, walk
+from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Step, substituted, walk, with_lane_loops
 
 _FEWEST = 4  # lanes between the borders that are worth loops of their own, where their number is known
 _OPEN = 256  # what an open extent counts for
 
 
 def split_borders(kernel: Kernel) -> Kernel:
-    return replace(kernel, body=_split(kernel.body))
-
-
-def _split(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    result: list[Step] = []
-    for step in steps:
-        if not isinstance(step, Loop):
-            result.append(step)
-        elif step.kind is LoopKind.LANE:
-            result += _parts(step)
-        else:
-            result.append(replace(step, body=_split(step.body)))
-    return tuple(result)
+    return replace(kernel, body=with_lane_loops(kernel.body, _parts))
 
 
 def _parts(loop: Loop) -> list[Step]:
