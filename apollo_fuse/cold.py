@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from apollo_fuse.codegen.triton.emit import Launch
 from apollo_fuse.cost import missing, taken
 from apollo_fuse.index import Symbol
-from apollo_fuse.kernel import Compute, Copy, Kernel, KernelGroup, Scope, Step, walk
+from apollo_fuse.kernel import Kernel, KernelGroup, Scope, read_by
 from apollo_fuse.machine import Machine
 from apollo_fuse.strides import Numbers
 from apollo_fuse.traffic import Traffic
@@ -68,19 +68,7 @@ def _again(kernel: Kernel, work: Work, traffic: Traffic, machine: Machine) -> fl
     returning = sum(again * missing(between, near) for between, again in traffic.again)
     if traffic.is_write:
         return returning
-    passes = sum(traffic.buffer in _read(step) for step in kernel.body)
+    passes = sum(traffic.buffer in read_by((step,)) for step in kernel.body)
     lines = sum(x.lines for x in work.traffic if x.scope is Scope.GLOBAL)
     flying = lines * min(1.0, _AT_ONCE * machine.cores / max(1, work.items))
     return returning + max(0, passes - 1) * traffic.lines * missing(round(flying), near)
-
-
-def _read(step: Step) -> set[str]:
-    """The buffers that a step reads."""
-    found: set[str] = set()
-    for inner in walk((step,)):
-        match inner:
-            case Compute(_, block, _, _):
-                found |= {load.tensor for load in block.loads}
-            case Copy(source, _):
-                found.add(source.buffer)
-    return found

@@ -257,6 +257,20 @@ def buffers_of(steps: tuple[Step, ...]) -> set[str]:
     return names
 
 
+def read_by(steps: tuple[Step, ...]) -> set[str]:
+    """The buffers that the steps read, other than as index tensors."""
+    names: set[str] = set()
+    for step in walk(steps):
+        match step:
+            case Compute(_, block, _, _):
+                names |= {load.tensor for load in block.loads}
+            case Copy(source, _):
+                names.add(source.buffer)
+            case Initialise() | Loop():
+                pass
+    return names
+
+
 def written_by(steps: tuple[Step, ...]) -> set[str]:
     """The buffers that the steps write."""
     names: set[str] = set()

@@ -21,6 +21,7 @@ from apollo_fuse.kernel import (
     LoopKind,
     Scope,
     Target,
+    read_by,
     walk,
     written_by,
 )
@@ -83,7 +84,7 @@ def transposed(kernel: Kernel, loop: Loop) -> Transposed | None:
     if lane is None:
         return None
     found, left = Transposed(lane), _MOST_BYTES
-    written, read = written_by(loop.body), _read_by(loop)
+    written, read = written_by(loop.body), read_by(loop.body)
     for is_read, access in _accesses(loop):
         buffer, tiles = kernel.buffer(access.buffer), found.reads if is_read else found.writes
         shared = access.buffer in (written if is_read else read)
@@ -127,11 +128,6 @@ def _accesses(loop: Loop) -> Generator[tuple[bool, Target]]:
         if isinstance(step, Compute) and step.combine is None:
             yield from ((True, Target(load.tensor, load.indices[0])) for load in step.block.loads)
             yield from ((False, target) for target in step.targets)
-
-
-def _read_by(loop: Loop) -> set[str]:
-    computes = (step for step in walk(loop.body) if isinstance(step, Compute))
-    return {load.tensor for step in computes for load in step.block.loads}
 
 
 def _jump(offset: Index, loop: Loop, lane: Iterator) -> Index | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import apollo_fuse.runtime
-from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.tolerance import compare
 from tests.fusing import fuse_to_session
+from tests.headers import LEVELS, compile_library
 from tests.test_end_to_end import text_model
 
-HEADERS = Path(apollo_fuse.runtime.__file__).parent
-TOOLCHAIN = Toolchain.find({"PATH": "/usr/bin:/bin"})
-LEVELS = sorted({min(2, TOOLCHAIN.cpu.level), TOOLCHAIN.cpu.level})
 BITS = (8, 16, 32, 64)
 SOURCE = '#include "transpose.h"\n' + "".join(
     f"void turn{bits}(void *to, int64_t to_row, const void *from, int64_t from_row, "
@@ -34,11 +28,7 @@ SOURCE = '#include "transpose.h"\n' + "".join(
 @pytest.fixture(scope="module", params=LEVELS, ids=lambda level: f"level{level}")
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("transpose")
-    (folder / "turn.c").write_text(SOURCE)
-    toolchain = replace(TOOLCHAIN, cpu=replace(TOOLCHAIN.cpu, level=request.param))
-    flags = [*toolchain.flags, "-fvisibility=default", "-Wall", "-Wextra", "-Werror", f"-I{HEADERS}"]
-    command = [*toolchain.command, *flags, "-shared", "turn.c", "-o", "turn.so"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    compile_library(SOURCE, folder, "turn", request.param)
     return ctypes.CDLL(str(folder / "turn.so"))
 
 

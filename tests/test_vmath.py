@@ -2,22 +2,16 @@
 
 import ctypes
 import math
-import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import apollo_fuse.runtime
-from apollo_fuse.codegen.toolchain import Toolchain
+from tests.headers import LEVELS, TOOLCHAIN, compile_library
 
 Array = np.ndarray
-HEADERS = Path(apollo_fuse.runtime.__file__).parent
-TOOLCHAIN = Toolchain.find({"PATH": "/usr/bin:/bin"})
-LEVELS = sorted({min(2, TOOLCHAIN.cpu.level), TOOLCHAIN.cpu.level})
 
 
 def exp_nonpositive(x: Array) -> Array:
@@ -72,26 +66,10 @@ SOURCE = (
 )
 
 
-def compile_loops(folder: Path, level: int, *extra: str) -> subprocess.CompletedProcess[str]:
-    (folder / "loops.c").write_text(SOURCE)
-    toolchain = replace(TOOLCHAIN, cpu=replace(TOOLCHAIN.cpu, level=level))
-    arguments = [
-        *toolchain.flags,
-        "-fvisibility=default",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{HEADERS}",
-        *extra,
-    ]
-    command = [*toolchain.command, *arguments, "-shared", "loops.c", "-o", "loops.so", "-lm"]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module", params=LEVELS, ids=lambda level: f"level{level}")
 def loops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("loops")
-    compile_loops(folder, request.param)
+    compile_library(SOURCE, folder, "loops", request.param)
     return ctypes.CDLL(str(folder / "loops.so"))
 
 
@@ -206,7 +184,9 @@ def test_a_narrow_format_is_rounded_to_nearest_even(
 @pytest.mark.skipif("Free Software Foundation" not in TOOLCHAIN.identification, reason="reads gcc's report")
 @pytest.mark.skipif(TOOLCHAIN.cpu.level not in (3, 4), reason="sine and cosine need gathers")
 def test_every_loop_is_vectorised(tmp_path: Path) -> None:
-    report = compile_loops(tmp_path, TOOLCHAIN.cpu.level, "-fopt-info-vec-optimized").stderr
+    report = compile_library(
+        SOURCE, tmp_path, "loops", TOOLCHAIN.cpu.level, "-fopt-info-vec-optimized"
+    ).stderr
     vectorised = {int(line.split(":")[1]) for line in report.splitlines() if "loop vectorized" in line}
     loops = {number for number, line in enumerate(SOURCE.splitlines(), 1) if "omp simd" in line}
     assert loops <= vectorised, [SOURCE.splitlines()[number - 2] for number in loops - vectorised]

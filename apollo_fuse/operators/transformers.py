@@ -11,10 +11,10 @@ from apollo_fuse.index import ONE, ZERO, Index, Indirect, clamped, minimum
 from apollo_fuse.operators.indexing import index_tensor
 from apollo_fuse.operators.movement import permuted
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
+from apollo_fuse.operators.quantized import MICROSOFT
 from apollo_fuse.operators.reductions import divided_by_root_mean_square, normalise, widened
 from apollo_fuse.operators.registry import operator
 
-_MICROSOFT = "com.microsoft"
 _TWO = Index.of(2)
 
 
@@ -27,7 +27,7 @@ def rotary_embedding(o: Opener) -> Tensor:
     return _rotated(o, x, *(_of_positions(o, x, place, 3) for place in (1, 2)))
 
 
-@operator("RotaryEmbedding", domain=_MICROSOFT)
+@operator("RotaryEmbedding", domain=MICROSOFT)
 def microsoft_rotary_embedding(o: Opener) -> Tensor:
     if o.integer("is_packed_batching", 0) or o.number("scale", 1.0) != 1.0:
         raise Unsupported("packed batches, or a scale")
@@ -101,7 +101,7 @@ def _rotated(o: Opener, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return permuted(result, (0, 2, 1, 3)) if len(original) == 4 else result.reshape(original)
 
 
-@operator("EmbedLayerNormalization", domain=_MICROSOFT)
+@operator("EmbedLayerNormalization", domain=MICROSOFT)
 def embed_layer_normalization(o: Opener) -> tuple[Tensor, ...]:
     """What words, positions and segments choose, added up and normalised; the length of the mask; the sum."""
     name, (batch, sequence) = index_tensor(o, 0)
@@ -132,7 +132,7 @@ def embed_layer_normalization(o: Opener) -> tuple[Tensor, ...]:
     return result, length, total
 
 
-@operator("GatedAdd", domain=_MICROSOFT)
+@operator("GatedAdd", domain=MICROSOFT)
 def gated_add(o: Opener) -> Tensor:
     if o.has(3):
         raise Unsupported("a projected gate")
@@ -140,7 +140,7 @@ def gated_add(o: Opener) -> Tensor:
     return x + scaled.cast(x.dtype)
 
 
-@operator("ScaledSiLU", domain=_MICROSOFT)
+@operator("ScaledSiLU", domain=MICROSOFT)
 def scaled_silu(o: Opener) -> Tensor:
     """Rounded to the operand's type after each step."""
     x = floating(o.tensor(0))
@@ -149,7 +149,7 @@ def scaled_silu(o: Opener) -> Tensor:
     return scaled * scaled.cast(DType.FLOAT32).call(Op.SIGMOID).cast(x.dtype)
 
 
-@operator("GatedRMSNorm", domain=_MICROSOFT)
+@operator("GatedRMSNorm", domain=MICROSOFT)
 def gated_rms_norm(o: Opener) -> Tensor:
     """Of groups of as many elements as there are scales; all in single precision."""
     x, scale = floating(o.tensor(0)), o.tensor(1)
@@ -167,7 +167,7 @@ def gated_rms_norm(o: Opener) -> Tensor:
     return ((result * scale.cast(DType.FLOAT32)).reshape(x.shape) * opened).cast(x.dtype)
 
 
-@operator("BranchwiseRMSNorm", domain=_MICROSOFT)
+@operator("BranchwiseRMSNorm", domain=MICROSOFT)
 def branchwise_rms_norm(o: Opener) -> Tensor:
     """Of each branch by itself, whether branches have an axis or lie side by side."""
     x, count = floating(o.tensor(0)), o.integer("num_branches", 0)
