@@ -34,7 +34,10 @@ from apollo_fuse.kernel import (
     written_by,
 )
 from apollo_fuse.passes.interleave_sums import interleave_sums
+from apollo_fuse.passes.jam_rows import jam_rows
+from apollo_fuse.passes.overlap_tails import overlap_tails
 from apollo_fuse.passes.split_borders import split_borders
+from apollo_fuse.passes.sum_columns import sum_columns
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
 
@@ -290,7 +293,7 @@ def _combiner(op: Op, dtype: DType) -> str:
 
 
 def _kernel(group: KernelGroup, kernel: Kernel) -> str:
-    lowered = interleave_sums(split_borders(kernel))
+    lowered = overlap_tails(interleave_sums(split_borders(jam_rows(sum_columns(kernel)))))
     local = [b for b in lowered.buffers if b.scope is not Scope.GLOBAL]
     scalars = frozenset(b.name for b in local if b.size.is_one)
     arrays = [b for b in local if b.name not in scalars]

@@ -1,8 +1,8 @@
 """Parts long lane loops, so that a processor has several of their iterations under way (loop fission).
 
 Operations that need each other wait for each other: a processor hides that behind other iterations, of which
-it sees a few hundred instructions ahead.  A loop whose body is about as long runs at the speed of its longest
-chain.  So it becomes several loops, which hand values on through on-chip memory.
+it sees a few hundred instructions ahead.  A loop with a chain about as long runs at its speed.  So it becomes
+several loops, which hand values on through on-chip memory.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from apollo_fuse.kernel import (
 )
 
 BODY = 20
-"""Cheap operations of a body (`Block.cost`): 60 instructions or fewer, a function of 10 being 20 to 35."""
+"""Cheap operations of a body's longest chain (see `cost_of`): 60 instructions or fewer, a function of 10
+being 20 to 35."""
 _MOST_BYTES = 64 * 1024  # that one loop's parts hand on, to stay in the nearer caches
 
 
 def fission_lanes(kernel: Kernel) -> Kernel:
-    """The kernel with each lane loop of more than twice `BODY` in parts."""
+    """The kernel with each lane loop that has a chain of more than twice `BODY` in parts."""
     fission = _Fission(kernel)
     body = with_lane_loops(kernel.body, fission.parts)
     kept = tuple(b for b in kernel.buffers if b.name not in fission.widened)
@@ -64,11 +65,12 @@ class _Fission:
         bodies: list[list[Compute]] = [[]]
         cost = 0
         for part in short:
-            if bodies[-1] and cost + part.block.cost > BODY:
+            longest = max(_chains(part.block))
+            if bodies[-1] and cost + longest > BODY:
                 bodies.append([])
                 cost = 0
             bodies[-1].append(part)
-            cost += part.block.cost
+            cost += longest
         return self._widen([replace(loop, body=tuple(body)) for body in bodies], lane)
 
     def _widen(self, loops: list[Loop], lane: Index) -> list[Step]:
@@ -129,12 +131,12 @@ class _Left:
 
     def cut(self) -> int | None:
         """Where the next part ends: where it is neither long nor short, and the fewest values are live."""
-        cost, best, fewest = 0, None, None
-        for place in range(self.done, len(self.block.instructions)):
-            cost += cost_of(self.block.instructions[place])
-            if cost > BODY and best is not None:
+        longest, best, fewest = 0, None, None
+        for place, chain in enumerate(_chains(self.block, self.done)[self.done :], self.done):
+            longest = max(longest, chain)
+            if longest > BODY and best is not None:
                 return best
-            if 2 * cost > BODY:
+            if 2 * longest > BODY:
                 live = len(self.live(place + 1))
                 if fewest is None or live <= fewest:
                     best, fewest = place + 1, live
@@ -173,8 +175,17 @@ class _Left:
 def _long_body(loop: Loop) -> list[Compute] | None:
     """The statements of a lane loop that is to be parted."""
     computes = [step for step in loop.body if isinstance(step, Compute) and step.combine is None]
-    long = sum(compute.block.cost for compute in computes) > 2 * BODY
+    long = sum(max(_chains(compute.block)) for compute in computes) > 2 * BODY
     return computes if long and len(computes) == len(loop.body) else None
+
+
+def _chains(block: Block, done: int = 0) -> list[int]:
+    """For each instruction what has to be computed one after the other for it, by those behind `done`."""
+    chains: list[int] = []
+    for place, item in enumerate(block.instructions):
+        waits = max((chains[o] for o in item.operands), default=0) if isinstance(item, Apply) else 0
+        chains.append(waits + cost_of(item) if place >= done else 0)
+    return chains
 
 
 def _at(step: Step, widened: set[str], lane: Index) -> Step:

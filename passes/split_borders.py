@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from apollo_fuse.expressions import Load, Position
 from apollo_fuse.index import ZERO, Atom, Index, Indirect, Iterator, Maximum, maximum, minimum
 from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Step, substituted, walk, with_lane_loops
+from apollo_fuse.passes.simplify import decided
 
 _FEWEST = 4  # lanes between the borders that are worth loops of their own, where their number is known
 _OPEN = 256  # what an open extent counts for
@@ -40,7 +41,7 @@ def _parts(loop: Loop) -> list[Step]:
         if extent.is_zero:
             return []
         iterator = Iterator(lane.name, extent)
-        moved = tuple(substituted(step, {lane: start + Index.of(iterator)}) for step in body)
+        moved = tuple(_settled(substituted(step, {lane: start + Index.of(iterator)})) for step in body)
         return [Loop(iterator, kind, moved)]
 
     return [
@@ -48,6 +49,11 @@ def _parts(loop: Loop) -> list[Step]:
         *part(LoopKind.LANE, first, last - first, between.body),
         *part(LoopKind.SEQUENTIAL, last, end - last, loop.body),
     ]
+
+
+def _settled(step: Step) -> Step:
+    """The step without the choices that are none over the lanes of its part."""
+    return replace(step, block=decided(step.block)) if isinstance(step, Compute) else step
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,107 @@
+"""Covers short lane loops with whole vectors: the last one starts early enough to end where the loop does.
+
+Where a loop's length is no multiple of a vector's, a compiler does the rest of it in halves, in quarters and
+at last one by one, which for the rows of a small image takes longer than all before.  Here some of the last
+vector's lanes are computed a second time instead, to the same result; to what is added up they add nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from apollo_fuse.dtypes import DType
+from apollo_fuse.expressions import Apply, BlockBuilder, Constant, Op, Position, identity
+from apollo_fuse.index import Index, Iterator
+from apollo_fuse.kernel import (
+    Compute,
+    Kernel,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    read_by,
+    substituted,
+    with_lane_loops,
+    written_by,
+)
+
+_LANES = 16  # of a vector; that of 4-byte elements with AVX-512
+_FEWEST = 8  # in a vector that is worth it
+_LONG = 1024  # lanes from which on the rest does not matter
+_MANY_READS = 16
+"""Of a body; gcc keeps a pointer for each in a loop over vectors, and those in memory."""
+
+
+def overlap_tails(kernel: Kernel) -> Kernel:
+    return replace(kernel, body=with_lane_loops(kernel.body, lambda loop: _covered(kernel, loop)))
+
+
+def _covered(kernel: Kernel, loop: Loop) -> list[Step]:
+    extent = loop.iterator.extent.constant
+    if loop.limit is not None or extent is None or not _FEWEST <= extent < _LONG:
+        return [loop]
+    lanes = min(_LANES, 1 << (extent.bit_length() - 1))
+    if extent % lanes == 0 or not _may_repeat(kernel, loop):
+        return [loop]
+    count, last = extent // lanes, Iterator(loop.iterator.name, Index.of(lanes))
+    again = lanes - extent % lanes  # lanes of the last vector that are done already
+    moved = _at(loop, Index.of(last) + (extent - lanes))
+    return [
+        _vectors(loop, count, lanes),
+        Loop(last, LoopKind.LANE, tuple(_from(again, last, s) for s in moved)),
+    ]
+
+
+def _vectors(loop: Loop, count: int, lanes: int) -> Loop:
+    """The loop over so many vectors; one by one where each reads so much that a compiler loses track."""
+    computes = [step for step in loop.body if isinstance(step, Compute)]
+    reads = {load for step in computes for load in step.block.loads}
+    if count == 1 or len(reads) < _MANY_READS:
+        whole = Iterator(loop.iterator.name, Index.of(count * lanes))
+        return Loop(whole, LoopKind.LANE, _at(loop, Index.of(whole)))
+    vector, lane = (
+        Iterator(f"{loop.iterator.name}_vector", Index.of(count)),
+        Iterator(loop.iterator.name, Index.of(lanes)),
+    )
+    body = Loop(lane, LoopKind.LANE, _at(loop, Index.of(vector) * lanes + Index.of(lane)))
+    return Loop(vector, LoopKind.SEQUENTIAL, (body,))
+
+
+def _at(loop: Loop, place: Index) -> tuple[Step, ...]:
+    return tuple(substituted(step, {loop.iterator: place}) for step in loop.body)
+
+
+def _may_repeat(kernel: Kernel, loop: Loop) -> bool:
+    """Whether lanes lie side by side, and may be written twice: by what does not overwrite what is read."""
+    computes = [step for step in loop.body if isinstance(step, Compute)]
+    if len(computes) < len(loop.body) or not all(_side_by_side(step, loop.iterator) for step in computes):
+        return False
+    plain = tuple(step for step in computes if step.combine is None)
+    return _memory(kernel, written_by(plain)).isdisjoint(_memory(kernel, read_by(loop.body)))
+
+
+def _side_by_side(step: Compute, lane: Iterator) -> bool:
+    """Whether nothing jumps from lane to lane, to be moved in tiles (codegen/transposed.py)."""
+    offsets = (*(load.indices[0] for load in step.block.loads), *(target.offset for target in step.targets))
+    along = (offset.coefficient(lane) for offset in offsets)
+    return all(factor is not None and (factor.is_zero or factor.is_one) for factor in along)
+
+
+def _memory(kernel: Kernel, names: set[str]) -> set[str]:
+    """The buffers whose memory is meant; what a lane has in registers is its own."""
+    buffers = [kernel.buffer(name) for name in names]
+    return {b.host or b.name for b in buffers if b.scope is not Scope.REGISTER}
+
+
+def _from(first: int, lane: Iterator, step: Step) -> Step:
+    """The step, of which the lanes before the first one combine nothing."""
+    if not isinstance(step, Compute) or step.combine is None:
+        return step
+    builder = BlockBuilder()
+    value = builder.append(step.block, {})
+    here = builder.add(Position(Index.of(lane), DType.INT64))
+    counts = builder.add(Apply(Op.LE, (builder.add(Constant(first, DType.INT64)), here), DType.BOOL))
+    dtype = step.block.dtype
+    nothing = builder.add(identity(step.combine, dtype))
+    builder.add(Apply(Op.SELECT, (counts, value, nothing), dtype))
+    return replace(step, block=builder.build())
