@@ -52,6 +52,9 @@ class Primitive:
     """``output[indices] = block`` for all `iterators`, combined over those of the reduction.
 
     An output that several primitives define (a concatenation) is written in parts.
+
+    row_axes: of a tensor that windows slide over, and that is made once for all of them, how many axes, the
+        first ones, they stay in one row of; None for any other.
     """
 
     output: Value
@@ -60,6 +63,7 @@ class Primitive:
     reduction: Reduction | None
     block: Block
     pattern: Pattern
+    row_axes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

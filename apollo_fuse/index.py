@@ -326,6 +326,16 @@ def clamped(index: Index, extent: Index) -> Index:
     return minimum(maximum(index, ZERO), extent - 1)
 
 
+def unclamped(index: Index, along: Iterator) -> Index:
+    """The index as it is where no choice holds it back from following the iterator."""
+    for atom in index.atoms():
+        if isinstance(atom, Maximum):
+            left, right = (along in side.atoms() for side in (atom.left, atom.right))
+            if left != right:
+                return unclamped(index.substitute({atom: atom.left if left else atom.right}), along)
+    return index
+
+
 def non_negative(value: Index) -> bool:
     """True when the polynomial is >= 0 for every value its atoms can take."""
     return _least(value) is not None

@@ -167,7 +167,7 @@ class Planner:
         self._nodes += len(opened)
         # behind all of its optimisations, onnxruntime has taken what it can into convolutions
         portable = self.layout is Layout.PORTABLE
-        convolved = left_to_convolution(graph) if portable else frozenset()
+        convolved = left_to_convolution(graph, opened) if portable else frozenset()
         quantized = left_to_quantized(dict(zip(graph, opened, strict=True)))
         for place, node in enumerate(graph):
             if isinstance(opened[place], Refused):
@@ -177,7 +177,7 @@ class Planner:
                 # costs nothing beside a kernel, and in one makes indices that are not affine
                 opened[place] = Refused((label,), "keep_blocked", "a view of a blocked tensor")
             elif node in convolved:
-                opened[place] = Refused((label,), "leave_to_convolution", "part of the convolution before it")
+                opened[place] = Refused((label,), "leave_to_convolution", "part of a convolution")
             elif node in quantized:
                 opened[place] = Refused((label,), "leave_to_quantized", "part of the operator beside it")
         for o in opened:

@@ -53,6 +53,9 @@ class Area:
             size, kept = _extents(primitive)
             domain = _larger(domain, size)
             rows = kept if primitive.reduction is not None else rows
+        for axes, shape in ((p.row_axes, p.output.shape) for p in operator.primitives):
+            if axes is not None:  # in rows with padding, of which only its result's points count
+                domain, rows = product(operator.outputs[0].shape), product(shape[:axes])
         results = [p.output.name for p in operator.primitives]
         in_parts = len(set(results)) < len(results)
         return Area(operator.pattern, 1, domain, rows, operator.cost, in_parts)

@@ -102,7 +102,8 @@ def _kept(primitives: Sequence[Primitive], results: frozenset[str]) -> frozenset
             flows |= {target} if target in kept else roots.get(target, set())
         roots[name] = flows
         repeated = len(flows) > 1 and cost[name] >= _WORTH_KEEPING
-        if primitive.reduction is not None or parts[name] > 1 or repeated:
+        worth = primitive.reduction is not None or primitive.row_axes is not None
+        if worth or parts[name] > 1 or repeated:
             kept.add(name)
     return frozenset(kept)
 

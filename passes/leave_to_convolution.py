@@ -7,44 +7,69 @@ of layout on both sides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from apollo_fuse.blocked import DOMAIN
+from apollo_fuse.graph import Operator, Refused
 
 _ACTIVATIONS = frozenset({"Relu", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid", "Clip"})
 _CONVOLUTIONS = frozenset({"Conv", "FusedConv"})
 
 
-def left_to_convolution(graph: ir.Graph) -> frozenset[ir.Node]:
-    """The nodes that become part of the convolution before them."""
-    left: set[ir.Node] = set()
+def left_to_convolution(graph: ir.Graph, opened: Sequence[Operator | Refused]) -> frozenset[ir.Node]:
+    """The nodes that become part of the convolution before them.
+
+    With them those convolutions that could be opened, of one channel each, and have nothing beside them that
+    stays in a kernel: between others, that is, whose layout they share.
+    """
+    able = {o.node for o in opened if isinstance(o, Operator)}
+    convolutions = frozenset(node for node in graph if _convolves(node))
+    joined = _joined(graph, convolutions)
+    left = {node for node in convolutions & able if not _beside(node, joined) & (able - convolutions)}
+    return _joined(graph, convolutions - able | left) | left
+
+
+def _beside(node: ir.Node, joined: frozenset[ir.Node]) -> set[ir.Node]:
+    """The nodes before and behind the convolution and what becomes part of one."""
+    source = node.inputs[0]
+    producer = None if source is None else source.producer()
+    found = {user for user, _ in node.outputs[0].uses()}
+    while parts := found & joined:
+        found = found - parts | {user for part in parts for user, _ in part.outputs[0].uses()}
+    return found if producer is None or producer in joined else found | {producer}
+
+
+def _joined(graph: ir.Graph, convolutions: frozenset[ir.Node]) -> frozenset[ir.Node]:
+    """What becomes part of these."""
+    joined: set[ir.Node] = set()
     for node in graph:
-        if node.op_type in _ACTIVATIONS and _constant_operands(node) and _only_user(node.inputs[0], left):
-            left.add(node)
+        if node.op_type in _ACTIVATIONS and _constant_operands(node):
+            producer = _only_producer(node.inputs[0])
+            sums = producer in joined and producer.op_type in ("Add", "Sum")
+            if producer is not None and (producer in convolutions or sums):
+                joined.add(node)
         elif node.op_type in ("Add", "Sum") and len(node.inputs) == 2:
             a, b = node.inputs
-            both_images = all(v is not None and v.shape is not None and len(v.shape) == 4 for v in (a, b))
-            if both_images and a.shape == b.shape and (_is_convolution(a) or _is_convolution(b)):  # type: ignore[union-attr]
-                left.add(node)
-    return frozenset(left)
+            if _alike_images(a, b) and convolutions & {_only_producer(a), _only_producer(b)}:
+                joined.add(node)
+    return frozenset(joined)
+
+
+def _alike_images(a: ir.Value | None, b: ir.Value | None) -> bool:
+    if a is None or b is None or a.shape is None or b.shape is None:
+        return False
+    return len(a.shape) == len(b.shape) == 4 and a.shape == b.shape
 
 
 def _constant_operands(node: ir.Node) -> bool:
     return all(value is None or value.const_value is not None for value in node.inputs[1:])
 
 
-def _only_user(value: ir.Value | None, left: set[ir.Node]) -> bool:
-    if value is None or len(value.uses()) != 1:
-        return False
-    producer = value.producer()
-    if producer is None:
-        return False
-    return _convolves(producer) or (producer in left and producer.op_type in ("Add", "Sum"))
-
-
-def _is_convolution(value: ir.Value | None) -> bool:
-    producer = None if value is None else value.producer()
-    return producer is not None and _convolves(producer) and len(value.uses()) == 1  # type: ignore[union-attr]
+def _only_producer(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes the value, where one node alone uses it."""
+    return None if value is None or len(value.uses()) != 1 else value.producer()
 
 
 def _convolves(node: ir.Node) -> bool:

@@ -9,10 +9,11 @@ coincident band with one inner loop each: the shape that memory stitching needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Iterator as Generator
 from dataclasses import dataclass
 from functools import reduce
+from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
 import islpy as isl
@@ -109,7 +110,8 @@ def _schedule(context: isl.Context, scop: Scop, isl_operations: int) -> Fused | 
     nodes = tuple(s.name for s in scop.statements)
     parameters = Parameters({})
     macros = cluster_statements(scop.statements)
-    relations = _relations(macros, {s.target.name for s in scop.statements}, parameters)
+    windows = _windows(macros)
+    relations = _relations(macros, windows, parameters)
     if isinstance(relations, Refused):
         return relations
     domain_text, reads_text, writes_text, inputs_text, order_text = relations
@@ -119,7 +121,7 @@ def _schedule(context: isl.Context, scop: Scop, isl_operations: int) -> Fused | 
         for text in (reads_text, writes_text, inputs_text, order_text)
     )
     context.set_max_operations(isl_operations)  # now: reading what is broken off ends as a syntax error
-    chained, free = _reduction_order(context, macros, domain)
+    chained, free = _row_order(context, macros, windows, domain)
     flow = _dependences(reads, writes, order).subtract(chained).union(free)
     validity = flow.union(_dependences(writes, reads.union(writes), order).subtract(chained)).coalesce()
     sample = isl.Set.read_from_str(context, parameters.sample())
@@ -143,31 +145,62 @@ def _schedule(context: isl.Context, scop: Scop, isl_operations: int) -> Fused | 
     return found
 
 
-def _reduction_order(
-    context: isl.Context, macros: tuple[MacroStatement, ...], domain: isl.UnionSet
+def _row_order(
+    context: isl.Context,
+    macros: tuple[MacroStatement, ...],
+    windows: Mapping[str, set[int]],
+    domain: isl.UnionSet,
 ) -> tuple[isl.UnionMap, isl.UnionMap]:
     """The dependences of reductions over several loops on themselves, and what takes their place.
 
     What is combined may be combined in any order, so a point waits for its neighbour along each loop
     only, and not for all that came before it in the program. That leaves the loops free to be interchanged,
     and isl without a reason to skew them.
+
+    What `windows` slide over waits in the same way: see there.
     """
     chained, free = ["{ }"], ["{ }"]
     for macro in macros:
         reduction = macro.members[0].reduction
-        if reduction is None or len(reduction.iterators) < 2:
-            continue
         names = [i.name for i in macro.domain]
         here, there = f"{macro.name}[{', '.join(names)}]", ", ".join(f"{name}_" for name in names)
-        chained.append(f"{{ {here} -> {macro.name}[{there}] }}")
-        for iterator in reduction.iterators:
-            after = ", ".join(f"{name} + 1" if name == iterator.name else name for name in names)
+        along = {
+            i.name
+            for s in macro.members
+            for axis in windows.get(s.target.name, ())
+            for i in s.indices[axis].substitute(macro.renaming(s)).iterators()
+        }
+        if reduction is not None and len(reduction.iterators) > 1:
+            chained.append(f"{{ {here} -> {macro.name}[{there}] }}")
+            along |= {i.name for i in reduction.iterators}
+        for name in sorted(along):
+            after = ", ".join(f"{n} + 1" if n == name else n for n in names)
             free.append(f"{{ {here} -> {macro.name}[{after}] }}")
     before, instead = (
         reduce(isl.UnionMap.union, (isl.UnionMap.read_from_str(context, text) for text in texts))
         for texts in (chained, free)
     )
     return before, instead.intersect_domain(domain).intersect_range(domain)
+
+
+def _windows(macros: tuple[MacroStatement, ...]) -> dict[str, set[int]]:
+    """Of each tensor that is read, the axes along which some point reads several elements.
+
+    All of a row along these is made before any of it is read, as where it is reduced. Else isl, which may not
+    shift a loop by the length of a window, runs the two loops towards each other, or shares none of them.
+    """
+    found: dict[str, set[int]] = {}
+    for macro in macros:
+        places: dict[str, list[tuple[Index, ...]]] = {}
+        for statement in macro.members:
+            own = macro.renaming(statement)
+            for load in statement.block.loads:
+                place = tuple(index.substitute(own) for index in load.indices)
+                places.setdefault(load.tensor, []).append(place)
+        for tensor, indices in places.items():
+            several = (n for n, along in enumerate(zip(*indices, strict=True)) if len(set(along)) > 1)
+            found.setdefault(tensor, set()).update(several)
+    return found
 
 
 def _proximities(
@@ -197,7 +230,7 @@ def _at(relation: _Relation, sample: isl.Set) -> _Relation:
 
 
 def _relations(
-    macros: tuple[MacroStatement, ...], written: set[str], parameters: Parameters
+    macros: tuple[MacroStatement, ...], windows: Mapping[str, set[int]], parameters: Parameters
 ) -> tuple[str, str, str, str, str] | Refused:
     """Domain, reads and writes of kept and output tensors, reads of inputs, original order; as isl text."""
     domains: list[str] = []
@@ -208,6 +241,7 @@ def _relations(
     depth = max(len(m.domain) for m in macros)
     # what nobody reads, an output in another shape say, is written at any time
     read = {load.tensor for m in macros for s in m.members for load in s.block.loads}
+    written = {s.target.name: s.target.shape for m in macros for s in m.members}
     for number, macro in enumerate(macros):
         instance = f"{macro.name}[{', '.join(i.name for i in macro.domain)}]"
         bounds = [f"0 <= {i.name} < {parameters.affine(i.extent)}" for i in macro.domain]
@@ -228,7 +262,9 @@ def _relations(
                 if load.tensor in written:
                     if source is None:
                         return Refused((statement.name,), RULE, "access is not affine", str(load.indices))
-                    reads.append(f"{instance} -> {source}")
+                    row = {axis: written[load.tensor][axis] for axis in windows[load.tensor]}
+                    whole = _access(load.tensor, load.indices, own, parameters, row)
+                    reads.append(f"{instance} -> {whole}")
                 elif source is not None and load.indices:
                     inputs.append(f"{instance} -> {source}")
     head = parameters.declaration()
@@ -240,11 +276,22 @@ def _relations(
 
 
 def _access(
-    tensor: str, indices: tuple[Index, ...], own: dict[Atom, Index], parameters: Parameters
+    tensor: str,
+    indices: tuple[Index, ...],
+    own: dict[Atom, Index],
+    parameters: Parameters,
+    row: Mapping[int, Index] = MappingProxyType({}),
 ) -> str | None:
-    texts = [parameters.affine(index.substitute(own)) for index in indices]
+    """The element at `indices`, or all those along the axes of `row`, which have these extents."""
+    texts = [
+        f"a{axis}" if axis in row else parameters.affine(index.substitute(own))
+        for axis, index in enumerate(indices)
+    ]
     known = [text for text in texts if text is not None]
-    return f"{tensor}[{', '.join(known)}]" if len(known) == len(texts) else None
+    if len(known) < len(texts):
+        return None
+    bounds = [f"0 <= a{axis} < {parameters.affine(extent)}" for axis, extent in row.items()]
+    return f"{tensor}[{', '.join(known)}]" + (f" : {' and '.join(bounds)}" if bounds else "")
 
 
 def _dependences(sink: isl.UnionMap, source: isl.UnionMap, order: isl.UnionMap) -> isl.UnionMap:

@@ -14,20 +14,24 @@ from apollo_fuse.passes.access_composition import point_of
 from apollo_fuse.passes.simplify import simplify
 from apollo_fuse.scop import Scop, Statement
 
-DEAREST = (
-    40  # cost (see Block.cost) up to which computing an element again beats a write and a read of memory
-)
+DEAREST = 40  # cost (see Block.cost) up to which computing elements again beats a write and a read of memory
 
 
 def recompute(scop: Scop, tensors: Iterable[str]) -> Scop | None:
-    """The Scop without these tensors, or None where one of them is a reduction, written in parts, or dear."""
+    """The Scop without these tensors, or None where one of them is a reduction, written in parts, or dear.
+
+    A point that reads several elements computes all of them.
+    """
     wanted = frozenset(tensors)
     if not wanted <= {value.name for value in scop.kept}:
         return None
     statements = list(scop.statements)
     for name in [s.target.name for s in scop.statements if s.target.name in wanted]:
         writers = [s for s in statements if s.target.name == name]
-        if len(writers) != 1 or writers[0].reduction is not None or writers[0].block.cost > DEAREST:
+        if len(writers) != 1 or writers[0].reduction is not None:
+            return None
+        reads = max(len({x for x in s.block.loads if x.tensor == name}) for s in statements)
+        if reads * writers[0].block.cost > DEAREST:
             return None
         statements = [_without(s, writers[0]) for s in statements if s is not writers[0]]
     kept = tuple(value for value in scop.kept if value.name not in wanted)

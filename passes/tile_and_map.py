@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from apollo_fuse.graph import Refused
-from apollo_fuse.index import ONE, ZERO, Atom, Index, Iterator, product
+from apollo_fuse.index import ONE, ZERO, Atom, Index, Iterator, product, unclamped
 from apollo_fuse.kernel import Kernel, KernelGroup, LoopKind
 from apollo_fuse.passes.collapse_axes import collapse_grid, collapse_loops
 from apollo_fuse.passes.distribute_lanes import distribute_lanes
@@ -233,7 +233,7 @@ def _contiguous(nests: Nests, iterator: Iterator) -> int:
     """The elements of all accesses that run along memory with the iterator."""
     along = 0
     for offset in nests.offsets():
-        factor = offset.coefficient(iterator)
+        factor = unclamped(offset, iterator).coefficient(iterator)
         if factor is not None and factor.is_one:
             along += math.prod(_size(i.extent) for i in offset.iterators())
     return along

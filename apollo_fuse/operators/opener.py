@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Iterator as Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -322,6 +322,13 @@ class Opener:
         builder = BlockBuilder()
         self._read(builder, tensor, access(at))
         return self._define(shape, iterators, at, None, builder.build(), pattern)
+
+    def kept(self, tensor: Tensor, row_axes: int) -> Tensor:
+        """What was defined last, as a tensor that is made once, row by row, for windows over it."""
+        last = self.primitives.pop()
+        assert last.output.name == tensor.content
+        self.primitives.append(replace(last, pattern=Pattern.REDUCTION, row_axes=row_axes))
+        return tensor
 
     def concatenate(self, tensors: Sequence[Tensor], axis: int) -> Tensor:
         """The tensors one after the other along the axis."""
