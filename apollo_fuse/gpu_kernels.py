@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apollo_fuse.codegen.launches import GpuCode, Kinds, Variant, gpu_form
 from apollo_fuse.codegen.stitched import runs, writer, writes
@@ -14,7 +14,8 @@ from apollo_fuse.cost import cost_of_stitch, taken
 from apollo_fuse.cpu import default_threads
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu import GpuTarget
-from apollo_fuse.gpu_trials import Compiled, best_of, block_of, extents_of, group_of
+from apollo_fuse.gpu_tiles import extents_of, group_of, tiled
+from apollo_fuse.gpu_trials import Compiled, best_of, block_of
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import Symbol
 from apollo_fuse.kernel import KernelGroup
@@ -28,7 +29,7 @@ from apollo_fuse.stitching import Stitch
 class GpuKernels:
     """For each variant of a kernel or stitch its reports by GPU, and what a library holds.
 
-    dumps: what members of stitches share, in Triton, by file name.
+    dumps: what members of stitches share, and kernels in other parts than the CPU's, in Triton, by file name.
     """
 
     reports: Mapping[str, Mapping[str, GpuReport]]
@@ -47,9 +48,9 @@ def on_gpus(
 
     sizes: the extents of the run that is predicted.
     """
-    distinct: dict[str, Candidate] = {}
-    for candidate in candidates:
-        distinct.setdefault(candidate.variant, candidate)
+    every = list(candidates)
+    groups = tiled(every, sizes, options.gpus)
+    distinct = {x.variant: replace(x, group=groups[x.name]) for x in reversed(every)}
     programs: dict[str, Program] = {}
     for variant, candidate in distinct.items():
         program = emit(candidate.group, candidate.name, candidate.name)
@@ -73,7 +74,11 @@ def on_gpus(
         extents = tuple(own.get(extent.symbol, 0) for extent in candidate.group.extents)
         binaries = {gpu: alone[gpu][candidate.variant] for gpu in options.gpus}
         variants[candidate.name].append(Variant(extents, binaries))
-    joined = [x for x in stitches if all(member.name in launches for member in x.members)]
+    joined = [
+        replace(x, members=tuple(replace(member, group=groups[member.name]) for member in x.members))
+        for x in stitches
+        if all(member.name in launches for member in x.members)
+    ]
     stitched = _stitched(joined, launches, options)
     for x in joined:
         reports[x.variant] = {
@@ -86,7 +91,14 @@ def on_gpus(
         )
         for candidate, _ in jobs
     }
-    return GpuKernels(reports, GpuCode(forms, stitched.binaries, stitched.writer), stitched.texts)
+    code = GpuCode(forms, stitched.binaries, stitched.writer)
+    return GpuKernels(reports, code, _texts(every, jobs) | stitched.texts)
+
+
+def _texts(candidates: Iterable[Candidate], programs: Iterable[tuple[Candidate, Program]]) -> dict[str, str]:
+    """Of the programs that compute other parts than the items of the candidates, by file name."""
+    groups = {x.name: x.group for x in candidates}
+    return {f"{x.name}.triton.py": program.text for x, program in programs if x.group != groups[x.name]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +107,7 @@ class _Stitched:
 
     binaries: Mapping[Kinds, Mapping[GpuTarget, Binary]]
     writer: Mapping[GpuTarget, Binary]
-    texts: Mapping[str, str]
+    texts: dict[str, str]
 
 
 def _stitched(

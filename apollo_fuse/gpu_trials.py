@@ -12,17 +12,17 @@ from dataclasses import dataclass, field, replace
 
 from apollo_fuse.codegen.triton.compile import Binary, Job, compile_kernels
 from apollo_fuse.codegen.triton.emit import RULE, Launch, Program, emit
-from apollo_fuse.cost import Cost, bound, cost_of, taken
+from apollo_fuse.cost import Cost, cost_of, taken
 from apollo_fuse.cpu import default_threads
 from apollo_fuse.dtypes import DType
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu import GpuTarget
+from apollo_fuse.gpu_tiles import extents_of, group_of, tiled
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import Symbol
 from apollo_fuse.kernel import Kernel, KernelGroup
 from apollo_fuse.occupancy import Block
 from apollo_fuse.options import Options
-from apollo_fuse.summary import evaluate
 
 _MOST_THREADS = 1024
 _WORTH_TRYING = 0.1
@@ -105,7 +105,8 @@ def spilling(
     candidates: Sequence[Candidate], sizes: Mapping[Symbol, int], options: Options
 ) -> dict[int, Refused]:
     """The places of candidates with a kernel that spills registers on some GPU, however many warps it has."""
-    distinct = {x.variant: x for x in candidates}.values()
+    groups = tiled(candidates, sizes, options.gpus)
+    distinct = {x.variant: replace(x, group=groups[x.name]) for x in candidates}.values()
     emitted = [(x, emit(x.group, x.name, x.name)) for x in distinct]
     jobs = [(x, program) for x, program in emitted if isinstance(program, Program)]
     found: dict[str, Refused] = {}
@@ -124,17 +125,6 @@ def _trials(candidate: Candidate, program: Program, sizes: Mapping[Symbol, int])
         _Trial(candidate, program.text, launch, kernel, kernel in run, own)
         for launch, kernel in zip(program.launches, group.kernels, strict=True)
     ]
-
-
-def extents_of(candidate: Candidate, sizes: Mapping[Symbol, int]) -> dict[Symbol, int]:
-    """The extents of the candidate's kernels in a run with these sizes."""
-    shapes = [[evaluate(extent, sizes) for extent in value.shape] for value in candidate.micro_graph.inputs]
-    return bound(candidate.group, shapes, {})
-
-
-def group_of(group: KernelGroup, kernel: Kernel) -> KernelGroup:
-    """A group that always runs the one kernel."""
-    return replace(group, kernels=(replace(kernel, form=0),), forms=())
 
 
 def types_of(group: KernelGroup) -> dict[str, DType]:

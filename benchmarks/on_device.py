@@ -29,6 +29,7 @@ from apollo_fuse.cost import bound, taken
 from apollo_fuse.extents import evaluate
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu import KNOWN, GpuTarget
+from apollo_fuse.gpu_tiles import tiled
 from apollo_fuse.gpu_trials import best_of
 from apollo_fuse.index import Index, Symbol
 from apollo_fuse.options import Options
@@ -105,17 +106,18 @@ def rows_for(
         return value.const_value.numpy() if value.const_value is not None else arrays.get(value.name or "")
 
     target = target_for(device.architecture)
-    programs = [(x, p) for x in candidates if isinstance(p := emit(x.group, x.name, x.name), Program)]
     shapes = [
         (own, known.shape)
-        for x, _ in programs
+        for x in candidates
         for own, value in zip(x.micro_graph.inputs, x.part.inputs, strict=True)
         if (known := array(value)) is not None
     ]
+    sizes = solve(shapes)
+    groups = tiled(candidates, sizes, (target,))
+    on_gpu = [replace(x, group=groups[x.name]) for x in candidates]
+    programs = [(x, p) for x in on_gpu if isinstance(p := emit(x.group, x.name, x.name), Program)]
     rows: list[Row] = []
-    for (x, program), kernels in zip(
-        programs, best_of(programs, target, solve(shapes), options), strict=True
-    ):
+    for (x, program), kernels in zip(programs, best_of(programs, target, sizes, options), strict=True):
         inputs, outputs = ([array(v) for v in values] for values in (x.part.inputs, x.part.outputs))
         taken_in, given = ([v for v in values if v is not None] for values in (inputs, outputs))
         if (len(taken_in), len(given)) == (len(inputs), len(outputs)):

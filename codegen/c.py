@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from apollo_fuse.codegen import expressions as c
-from apollo_fuse.codegen.interface import op_interface, unpack
+from apollo_fuse.codegen.interface import item_count, op_interface, unpack
 from apollo_fuse.codegen.transposed import Transposed, transposed
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
@@ -331,15 +331,10 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
     writer.depth -= 1
     writer.line("}")
     every = _symbols(kernel)
-    items, cost, bytes_needed = kernel.items, work(kernel.body), offset
-    asked = {s.name for index in (items, *(f.value for f in group.forms)) for s in index.symbols()}
+    cost, bytes_needed = work(kernel.body), offset
     body = "\n".join(writer.lines)
     prefix = kernel.name
-    return f"""static int64_t {prefix}_grid(const int64_t *n) {{
-  (void)n;
-{unpack(group, asked)}{_choice(group, kernel.form)}  return {c.index(items)};
-}}
-
+    return f"""{item_count(group, kernel.form, kernel.items, f"{prefix}_grid")}
 static int64_t {prefix}_work(const int64_t *n) {{
   (void)n;
 {unpack(group, {s.name for s in cost.symbols()})}  return 1 + {c.index(cost)};
@@ -358,18 +353,6 @@ static void {prefix}_run(void *const *buffers, const int64_t *n, void *scratch, 
 
 static const af_kernel {prefix} = {{{prefix}_grid, {prefix}_work, {prefix}_scratch, {prefix}_run}};
 """
-
-
-def _choice(group: KernelGroup, form: int) -> str:
-    """Leaves a kernel without work where the run takes another form of the group."""
-    lines = [
-        f"  if ({c.index(condition.value)} <= INT64_C({condition.limit})) return 0;\n"
-        for condition in group.forms[:form]
-    ]
-    if form < len(group.forms):
-        condition = group.forms[form]
-        lines.append(f"  if (!({c.index(condition.value)} <= INT64_C({condition.limit}))) return 0;\n")
-    return "".join(lines)
 
 
 def _grid(writer: _Writer, grid: tuple[Iterator, ...]) -> None:

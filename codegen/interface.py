@@ -164,6 +164,27 @@ def _indirect_reads(kernel: Kernel) -> Iterable[Indirect]:
                 yield from (a for a in load.indices[0].atoms() if isinstance(a, Indirect))
 
 
+def item_count(group: KernelGroup, form: int, items: Index, name: str) -> str:
+    """The function that gives a kernel's work items, which are none where the run takes another form."""
+    mentioned = names_in((items, *(condition.value for condition in group.forms)))
+    return f"""static int64_t {name}(const int64_t *n) {{
+  (void)n;
+{unpack(group, mentioned)}{_choice(group, form)}  return {c.index(items)};
+}}
+"""
+
+
+def _choice(group: KernelGroup, form: int) -> str:
+    lines = [
+        f"  if ({c.index(condition.value)} <= INT64_C({condition.limit})) return 0;\n"
+        for condition in group.forms[:form]
+    ]
+    if form < len(group.forms):
+        condition = group.forms[form]
+        lines.append(f"  if (!({c.index(condition.value)} <= INT64_C({condition.limit}))) return 0;\n")
+    return "".join(lines)
+
+
 def unpack(group: KernelGroup, names: Set[str]) -> str:
     """Declarations of the extents with these names, one a line."""
     return "".join(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from apollo_fuse.codegen import expressions as c
-from apollo_fuse.codegen.interface import index_checks, names_in, unpack
+from apollo_fuse.codegen.interface import index_checks, item_count, names_in, unpack
 from apollo_fuse.codegen.stitched import runs
 from apollo_fuse.codegen.table import Node, listed
 from apollo_fuse.codegen.triton.compile import Binary
@@ -66,7 +66,7 @@ def gpu_form(
     """The form of the group called `name`; a run takes the binaries of the variant that is nearest."""
     values = [v.name for v in (*group.inputs, *group.outputs, *group.temporaries)]
     extents = [extent.symbol.name for extent in group.extents]
-    lines = ['#include "launch.h"', "", "#include <stdio.h>"]
+    lines = ['#include "launch.h"', '#include "scalar.h"', "", "#include <stdio.h>"]
     entries: list[str] = []
     for k, launch in enumerate(launches):
         tensors, counted = (
@@ -79,12 +79,13 @@ def gpu_form(
         lines += [
             f"static const int32_t tensors_{k}[] = {{{listed(tensors)}}};",
             f"static const int32_t extents_{k}[] = {{{listed(counted)}}};",
+            item_count(group, launch.form, launch.items, f"items_{k}").rstrip(),
             _scratch_bytes(group, launch, f"scratch_bytes_{k}"),
             *(_images(own, dict(compiled)) for compiled, own in names.items()),
             f"static const af_binary *const binaries_{k}[] = {{{lists}}};",
         ]
         counts = f"{launch.rows}, {len(tensors)}, {len(launch.scratch)}, {len(counted)}"
-        places = f"tensors_{k}, extents_{k}, scratch_bytes_{k}, binaries_{k}"
+        places = f"tensors_{k}, extents_{k}, items_{k}, scratch_bytes_{k}, binaries_{k}"
         entries.append(f'{{"{launch.kernel}", {counts}, {places}}}')
     numbers = listed(number for variant in variants for number in variant.extents)
     lines += [

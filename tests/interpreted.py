@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnxruntime as ort
 
 from apollo_fuse import onnx_io
 from apollo_fuse.codegen.triton.emit import Program, emit
+from apollo_fuse.codegen.triton.spread import spreads
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
@@ -35,6 +37,15 @@ def emitted(candidate: Candidate) -> Program:
     program = emit(candidate.group, candidate.name, candidate.name)
     assert isinstance(program, Program), program
     return program
+
+
+def spread(candidate: Candidate) -> Iterator[Candidate]:
+    """The candidate with loops of its kernels in their grids, in each way that some kernel has."""
+    group = candidate.group
+    for ways in zip_longest(*(spreads(kernel) for kernel in group.kernels)):
+        if any(ways):
+            kernels = tuple(way or kernel for way, kernel in zip(ways, group.kernels, strict=True))
+            yield replace(candidate, group=replace(group, kernels=kernels))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,19 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from apollo_fuse import driver, gpu_kernels, gpu_trials, onnx_io
+from apollo_fuse import driver, gpu_kernels, gpu_tiles, gpu_trials, onnx_io
 from apollo_fuse.acceptance import needed_values
 from apollo_fuse.capture import capture
 from apollo_fuse.codegen import link
@@ -38,6 +38,7 @@ from apollo_fuse.extents import evaluate
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu import GpuTarget
 from apollo_fuse.index import Symbol
+from apollo_fuse.kernel import KernelGroup
 from apollo_fuse.measure import session_options
 from apollo_fuse.options import InputShape, Options
 from apollo_fuse.stitching import Swap, members
@@ -265,9 +266,14 @@ class Pretended:
         return Start(launched.name.decode(), job.text, launched.grid[0], numbers)
 
 
-def expected(swap: Swap, inputs: Sequence[Sequence[Array]]) -> Iterator[Start]:
-    """What emit says that a run of the node launches, from the inputs of each of its kernels."""
-    every = members(swap)
+def expected(
+    swap: Swap, inputs: Sequence[Sequence[Array]], groups: Mapping[str, KernelGroup]
+) -> Iterator[Start]:
+    """What emit says that a run of the node launches, from the inputs of each of its kernels.
+
+    groups: what the kernels are on a GPU.
+    """
+    every = [replace(member, group=groups[member.name]) for member in members(swap)]
     names = [member.name for member in every]
     programs: dict[str, Program] = {}
     for member in every:
@@ -364,11 +370,16 @@ def fused(
 ) -> tuple[Path, Path, Counter[Start]]:
     """The fused model without functions and its library for a GPU, and what one run is to launch."""
     seen: list[Swap] = []
+    groups: dict[str, KernelGroup] = {}
     write = Trial.write
 
     def noted(trial: Trial, chosen: Sequence[Swap], *rest: object) -> Path:
         seen.extend(chosen)
         return write(trial, chosen, *rest)
+
+    def tiled(*arguments: Any) -> dict[str, KernelGroup]:
+        groups.update(gpu_tiles.tiled(*arguments))
+        return groups
 
     pretended = pretended or Pretended()
     onnx.save(model, folder / "net.onnx")
@@ -383,6 +394,7 @@ def fused(
     with (
         patched(gpu_kernels, "compile_kernels", pretended.compile),
         patched(gpu_trials, "compile_kernels", pretended.compile),
+        patched(gpu_kernels, "tiled", tiled),
         patched(Trial, "write", noted),
     ):
         report = driver.fuse(folder / "net.onnx", options=options)
@@ -399,7 +411,9 @@ def fused(
     starts = (
         start
         for x in seen
-        for start in expected(x, [[array(value) for value in kernel.part.inputs] for kernel in members(x)])
+        for start in expected(
+            x, [[array(value) for value in kernel.part.inputs] for kernel in members(x)], groups
+        )
     )
     return report.output, report.library, Counter(starts)
 

@@ -30,7 +30,7 @@ from apollo_fuse.kernel import Buffer, Compute, Kernel, KernelGroup, Loop, LoopK
 from apollo_fuse.tolerance import compare
 from apollo_fuse.verify import coarsest
 from models import BUILDERS, chains, memory_bound
-from tests.interpreted import candidates_of, emitted, interpreted
+from tests.interpreted import candidates_of, emitted, interpreted, spread
 from tests.interpreter import Interpreter
 from tests.properties.graphs import RandomModel, models
 from tests.test_memory_stitching import pooled_and_normalised
@@ -62,7 +62,10 @@ def check_kernels(
     folder: Path,
     block: int | None = None,
 ) -> int:
-    """Each distinct kernel of the model, on the values that it meets in a run; gives their number."""
+    """Each distinct kernel of the model, and with loops in the grid, on the values that it meets in a run.
+
+    Gives the number of distinct kernels.
+    """
     clean, candidates = candidates_of(model, folder)
     distinct = list({x.variant: x for x in candidates}.values())
     made = [value.name or "" for x in distinct for value in x.part.outputs]
@@ -72,11 +75,12 @@ def check_kernels(
             value.const_value.numpy() if value.const_value is not None else arrays[value.name or ""]
             for value in candidate.part.inputs
         ]
-        found = interpreter.run(emitted(candidate), candidate.group, inputs, block)
-        for value, array in zip(candidate.part.outputs, found, strict=True):
-            precision = coarsest([candidate.micro_graph])
-            name = f"{candidate.name} {value.name}"
-            assert not compare(name, arrays[value.name or ""], array, precision).problem
+        for same in (candidate, *spread(candidate)):
+            found = interpreter.run(emitted(same), same.group, inputs, block)
+            for value, array in zip(candidate.part.outputs, found, strict=True):
+                precision = coarsest([candidate.micro_graph])
+                name = f"{candidate.name} {value.name}"
+                assert not compare(name, arrays[value.name or ""], array, precision).problem
     return len(distinct)
 
 

@@ -2,7 +2,7 @@
  *
  * A library made for GPUs holds an af_gpu_op for each af_op that has a form there, and one table, written by
  * apollo_fuse/codegen/launches.py; launches.c launches them.  Extents are bound, and outputs and temporaries
- * sized, by the af_op, and the work items of each kernel are those of its af_kernel. */
+ * sized, by the af_op. */
 #ifndef APOLLO_FUSE_LAUNCH_H
 #define APOLLO_FUSE_LAUNCH_H
 
@@ -26,10 +26,11 @@ typedef struct af_binary {
  * and that no kernel of ours reads. */
 typedef struct af_launch {
   const char *name; /* of the function in each module */
-  int32_t items;    /* work items of the af_kernel that a program computes, the last one maybe fewer */
+  int32_t rows;     /* work items that a program computes, the last one maybe fewer */
   int32_t tensor_count, scratch_count, extent_count;
   const int32_t *tensors; /* their places among the buffers of the af_op */
   const int32_t *extents; /* their places in n */
+  int64_t (*items)(const int64_t *n); /* all of them; 0 where there is nothing to do */
   /* Writes the bytes of each piece of scratch that one program needs. */
   void (*scratch_bytes)(const int64_t *n, int64_t *bytes);
   const af_binary *const *binaries; /* for each variant of the op a list; what fits better comes first */

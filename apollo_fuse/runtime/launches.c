@@ -16,9 +16,9 @@ static int32_t width_of(const af_launch *launch) {
 }
 
 /* Programs of a kernel of the part; 0 where there is nothing to do. */
-static int64_t programs_of(const part *part, const af_launch *launch, int32_t kernel) {
-  const int64_t items = part->op->kernels[kernel]->grid(part->n);
-  return items <= 0 ? 0 : (items - 1) / launch->items + 1;
+static int64_t programs_of(const part *part, const af_launch *launch) {
+  const int64_t items = launch->items(part->n);
+  return items <= 0 ? 0 : (items - 1) / launch->rows + 1;
 }
 
 /* Points `pieces` at the scratch of a kernel, one piece after the other from `base` on, or nowhere; gives the
@@ -41,7 +41,7 @@ void count_memory(const custom_op *self, const part *parts, size_t *scratch, siz
     for (int32_t m = 0; m < run->count; m++) {
       const af_launch *launch = launch_of(self, run, m);
       const part *part = &parts[run->members[m]];
-      bytes += place_scratch(launch, part->n, programs_of(part, launch, run->kernel), NULL, NULL);
+      bytes += place_scratch(launch, part->n, programs_of(part, launch), NULL, NULL);
       if (run->stitched) values += 2 + width_of(launch);
     }
     if (bytes > *scratch) *scratch = bytes;
@@ -94,7 +94,7 @@ static int32_t nearest_variant(const af_gpu_op *gpu, int32_t count, const int64_
 static OrtStatus *launch_alone(const call *self, const af_run *run) {
   const part *part = &self->parts[run->members[0]];
   const af_launch *launch = launch_of(self->op, run, 0);
-  const int64_t programs = programs_of(part, launch, run->kernel);
+  const int64_t programs = programs_of(part, launch);
   const int32_t width = width_of(launch);
   int64_t values[width + 1];
   void *arguments[width + 2];
@@ -111,7 +111,7 @@ static OrtStatus *launch_stitched(call *self, const af_run *run) {
   void *table = self->table, *arguments[4] = {&table, &count};
   for (int32_t m = 0; m < count; m++) {
     const af_launch *launch = launch_of(self->op, run, m);
-    programs += programs_of(&self->parts[run->members[m]], launch, run->kernel);
+    programs += programs_of(&self->parts[run->members[m]], launch);
     self->table += (size_t)(2 + width_of(launch)) * sizeof(int64_t);
   }
   return programs ? start(self, *kernels_of(self, run), programs, arguments, 2) : NULL;
@@ -151,7 +151,7 @@ static OrtStatus *put_members(call *self, written *written, const af_run *run) {
   char *scratch = self->scratch;
   for (int32_t m = 0; m < run->count; m++) {
     RETURN_IF_FAILED(put(self, written, begin));
-    begin += programs_of(&self->parts[run->members[m]], launch_of(self->op, run, m), run->kernel);
+    begin += programs_of(&self->parts[run->members[m]], launch_of(self->op, run, m));
   }
   for (int32_t m = 0; m < run->count; m++) {
     RETURN_IF_FAILED(put(self, written, (int64_t)run->kinds[m] << 32 | place));
@@ -162,7 +162,7 @@ static OrtStatus *put_members(call *self, written *written, const af_run *run) {
     const af_launch *launch = launch_of(self->op, run, m);
     const int32_t width = width_of(launch);
     int64_t values[width + 1];
-    scratch = place_arguments(part, launch, programs_of(part, launch, run->kernel), scratch, values);
+    scratch = place_arguments(part, launch, programs_of(part, launch), scratch, values);
     for (int32_t i = 0; i < width; i++) RETURN_IF_FAILED(put(self, written, values[i]));
   }
   return NULL;
