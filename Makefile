@@ -4,7 +4,7 @@
 # make bench-ablation   measure what each layer of the fusion gains
 # make bench-stitching   measure reductions against kernels written by hand
 # make bench-gpu   compile the model set for GPUs and predict what they would do; none is needed
-# make gpu   run every kernel of the model set on the GPU at hand, check and time it
+# make gpu   run the tests for GPUs and every kernel of the model set on the GPU at hand, check and time them
 # make bench-cost   measure how far the cost model is from what kernels take
 # make notebook   run notebooks/fused_vs_unfused.ipynb and store it with what it measured
 # make scale   measure how the compiler's time and memory grow with the model
@@ -63,6 +63,7 @@ bench-gpu: $(INSTALLED)
 # 77 says that there is no GPU, which is no failure.
 gpu: $(INSTALLED)
 	@mkdir -p build
+	$(BIN)/pytest -m gpu tests/gpu
 	$(BIN)/python -m benchmarks.on_device --json build/on_device.json --markdown build/on_device.md $(GPU_ARGS) \
 	|| [ $$? -eq 77 ]
 

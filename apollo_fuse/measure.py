@@ -64,12 +64,14 @@ def interleaved(
     minimum_runs: int = 5,
     maximum_runs: int = 10_000,
     enough: Callable[[Sequence[Sequence[float]]], bool] = lambda readings: False,
+    device: str = "cpu",
 ) -> list[Timing]:
     """The timing of each session on the same inputs, read in turn: A B, B A, A B, ...
 
-    Inputs and outputs are bound, so that no copy of them is measured.  The rounds end after `seconds` for
-    all sessions together, yet not before `minimum_runs` readings of each and never after `maximum_runs`. They
-    end sooner where `enough` is true of the readings so far, in seconds, of each session.
+    Inputs and outputs are bound, so that no copy of them is measured; `device` is what onnxruntime calls the
+    place that they lie in. The rounds end after `seconds` for all sessions together, yet not before
+    `minimum_runs` readings of each and never after `maximum_runs`. They end sooner where `enough` is true of
+    the readings so far, in seconds, of each session.
     """
     if not sessions:
         raise ValueError("no session to measure")
@@ -77,8 +79,8 @@ def interleaved(
         raise ValueError(
             f"expected 1 <= minimum_runs <= maximum_runs, found {minimum_runs} and {maximum_runs}"
         )
-    values = {name: ort_value(array) for name, array in feeds.items()}
-    runs = [_bound(session, values) for session in sessions]
+    values = {name: ort_value(array, device) for name, array in feeds.items()}
+    runs = [_bound(session, values, device) for session in sessions]
     with _no_garbage_collection():
         shortest = min(_warm_up(run, seconds * _WARM_UP_SHARE / len(runs)) for run in runs)
         repeats = round(_READING / max(shortest, 1e-6)) if shortest < _SHORT else 1
@@ -142,7 +144,9 @@ def noise(
     return max(one.minimum, other.minimum) / min(one.minimum, other.minimum)
 
 
-def _bound(session: ort.InferenceSession, values: Mapping[str, ort.OrtValue]) -> Callable[[], None]:
+def _bound(
+    session: ort.InferenceSession, values: Mapping[str, ort.OrtValue], device: str
+) -> Callable[[], None]:
     """One run of the session with the inputs it has in place and its outputs left where they are made.
 
     A model may make outputs of another shape than it declares: onnxruntime makes them and just warns, but
@@ -160,7 +164,7 @@ def _bound(session: ort.InferenceSession, values: Mapping[str, ort.OrtValue]) ->
 
     def run_anew() -> None:
         for name in outputs:
-            binding.bind_output(name, "cpu")
+            binding.bind_output(name, device)
         session.run_with_iobinding(binding)
 
     run_anew()

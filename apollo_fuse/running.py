@@ -46,11 +46,11 @@ def run(
     return list(map(_array, session.run_with_ort_values(None, values, options)))
 
 
-def ort_value(array: np.ndarray) -> ort.OrtValue:
-    """The array as onnxruntime takes it."""
+def ort_value(array: np.ndarray, device: str = "cpu") -> ort.OrtValue:
+    """The array as onnxruntime takes it; a type of its own is on the CPU only."""
     contiguous = np.ascontiguousarray(array).reshape(array.shape)
     if not is_own(contiguous.dtype):
-        return ort.OrtValue.ortvalue_from_numpy(contiguous)
+        return ort.OrtValue.ortvalue_from_numpy(contiguous, device)
     kind = onnx.helper.np_dtype_to_tensor_dtype(contiguous.dtype)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, kind)
 

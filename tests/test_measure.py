@@ -50,7 +50,9 @@ def test_rounds_alternate_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1_000_000))
     monkeypatch.setattr(measure, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(
-        measure, "_bound", lambda session, values: lambda: order.append("A" if session is first else "B")
+        measure,
+        "_bound",
+        lambda session, values, device: lambda: order.append("A" if session is first else "B"),
     )
     measure.interleaved([first, second], FEEDS, seconds=0, minimum_runs=4, maximum_runs=4)
     assert "".join(order[-8:]) == "ABBAABBA"
@@ -65,7 +67,7 @@ def test_short_runs_are_repeated_inside_a_reading(monkeypatch: pytest.MonkeyPatc
         now += 10e-6
 
     monkeypatch.setattr(measure, "perf_counter", lambda: now)
-    monkeypatch.setattr(measure, "_bound", lambda session, values: run)
+    monkeypatch.setattr(measure, "_bound", lambda session, values, device: run)
     (timing,) = measure.interleaved([doubled()], FEEDS, seconds=0, minimum_runs=3, maximum_runs=3)
     assert timing.minimum == pytest.approx(10e-6)
     assert now == pytest.approx((1 + 3 * 40) * 10e-6)
@@ -101,7 +103,7 @@ def test_what_slows_a_whole_round_leaves_the_share_as_it_is(monkeypatch: pytest.
     speed = iter(np.repeat(np.geomspace(0.1, 10, 1000), 2))
     sessions = {id(first := doubled()): 2.0, id(second := doubled()): 1.0}
 
-    def bound(session: ort.InferenceSession, values: object) -> Callable[[], None]:
+    def bound(session: ort.InferenceSession, values: object, device: str) -> Callable[[], None]:
         def run() -> None:
             nonlocal now
             now += sessions[id(session)] * next(speed)

@@ -15,8 +15,9 @@
 
 #define DEVICES 4
 #define DEPTH 8
+#define RECORDED 1000 /* launches of a graph, at most */
 
-enum { INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_DEVICE, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum { INVALID_VALUE = 1, OUT_OF_MEMORY, NO_DEVICE = 100, INVALID_DEVICE, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
 
 typedef struct context { int device, retained; } context;
 typedef struct module { context *owner; const void *image; } module;
@@ -153,40 +154,46 @@ int FUNCTION(cuModuleGetFunction, hipModuleGetFunction)(function **out, module *
   return 0;
 }
 
-#ifndef HIP
 /* What a program that has no onnxruntime asks for itself: memory, which the host reads too, a stream, and times. */
-int cuMemAlloc_v2(void **out, size_t size) {
+int FUNCTION(cuMemAlloc_v2, hipMalloc)(void **out, size_t size) {
   FAIL_IF_TOLD();
   if (!current()) return INVALID_CONTEXT;
   return count(&allocated), (*out = malloc(size)) ? 0 : 2;
 }
 
-int cuMemFree_v2(void *gone) { return free(gone), count(&freed), 0; }
+int FUNCTION(cuMemFree_v2, hipFree)(void *gone) { return free(gone), count(&freed), 0; }
 
-int cuMemcpyHtoD_v2(void *to, const void *from, size_t size) { return memcpy(to, from, size), 0; }
+int FUNCTION(cuMemcpyHtoD_v2, hipMemcpyHtoD)(void *to, const void *from, size_t size) { return memcpy(to, from, size), 0; }
 
-int cuMemcpyDtoH_v2(void *to, const void *from, size_t size) { return memcpy(to, from, size), 0; }
+int FUNCTION(cuMemcpyDtoH_v2, hipMemcpyDtoH)(void *to, const void *from, size_t size) { return memcpy(to, from, size), 0; }
 
-int cuStreamCreate(context **out, unsigned flags) { return flags ? INVALID_VALUE : (*out = current(), 0); }
+int FUNCTION(cuStreamCreate, hipStreamCreateWithFlags)(context **out, unsigned flags) {
+  return flags ? INVALID_VALUE : (*out = current(), 0);
+}
 
-int cuStreamSynchronize(context *stream) {
+int FUNCTION(cuStreamSynchronize, hipStreamSynchronize)(context *stream) {
   FAIL_IF_TOLD();
   return stream == current() ? 0 : INVALID_HANDLE;
 }
 
-int cuEventCreate(int **out, unsigned flags) { return flags ? INVALID_VALUE : (*out = calloc(1, sizeof **out), 0); }
+int FUNCTION(cuEventCreate, hipEventCreateWithFlags)(int **out, unsigned flags) {
+  return flags ? INVALID_VALUE : (*out = calloc(1, sizeof **out), 0);
+}
 
-int cuEventRecord(int *event, context *stream) {
+int FUNCTION(cuEventRecord, hipEventRecord)(int *event, context *stream) {
   return stream == current() ? (*event = launches, 0) : INVALID_HANDLE;
 }
 
-int cuEventSynchronize(int *event) { return *event < 0; }
+int FUNCTION(cuEventSynchronize, hipEventSynchronize)(int *event) { return *event < 0; }
 
 /* A launch takes a millisecond. */
-int cuEventElapsedTime(float *out, const int *first, const int *last) { return *out = (float)(*last - *first), 0; }
+int FUNCTION(cuEventElapsedTime, hipEventElapsedTime)(float *out, const int *first, const int *last) {
+  return *out = (float)(*last - *first), 0;
+}
 
-int cuEventDestroy_v2(int *event) { return free(event), 0; }
+int FUNCTION(cuEventDestroy_v2, hipEventDestroy)(int *event) { return free(event), 0; }
 
+#ifndef HIP
 int cuFuncSetAttribute(function *function, int attribute, int value) {
   FAIL_IF_TOLD();
   if (attribute != 8) return INVALID_VALUE;
@@ -194,10 +201,47 @@ int cuFuncSetAttribute(function *function, int attribute, int value) {
 }
 #endif
 
+/* A graph: launches, whose arguments stay where they were. */
+typedef struct recorded {
+  function *function;
+  unsigned programs, threads, shared_bytes;
+  context *stream;
+  void **arguments;
+} recorded;
+typedef struct graph { int count; recorded launches[RECORDED]; } graph;
+static _Thread_local graph *recording;
+
+int FUNCTION(cuStreamBeginCapture_v2, hipStreamBeginCapture)(context *stream, int mode) {
+  if (stream != current() || mode != 1 || recording) return INVALID_VALUE;
+  return (recording = calloc(1, sizeof *recording)) ? 0 : OUT_OF_MEMORY;
+}
+
+int FUNCTION(cuStreamEndCapture, hipStreamEndCapture)(context *stream, graph **out) {
+  if (stream != current() || !recording) return INVALID_VALUE;
+  *out = recording;
+  return recording = NULL, 0;
+}
+
+int FUNCTION(cuGraphInstantiateWithFlags, hipGraphInstantiateWithFlags)(graph **out, graph *graph,
+                                                                        unsigned long long flags) {
+  if (flags || !(*out = malloc(sizeof **out))) return INVALID_VALUE;
+  return **out = *graph, 0;
+}
+
+int FUNCTION(cuGraphDestroy, hipGraphDestroy)(graph *gone) { return free(gone), 0; }
+
+int FUNCTION(cuGraphExecDestroy, hipGraphExecDestroy)(graph *gone) { return free(gone), 0; }
+
 int FUNCTION(cuLaunchKernel, hipModuleLaunchKernel)(
     function *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
     unsigned block_z, unsigned shared_bytes, context *stream, void **arguments, void **extra) {
   FAIL_IF_TOLD();
+  if (recording) {
+    if (recording->count == RECORDED) return OUT_OF_MEMORY;
+    recording->launches[recording->count++] =
+        (recorded){function, grid_x, block_x, shared_bytes, stream, arguments};
+    return 0;
+  }
   if (!grid_x || !block_x || shared_bytes > (unsigned)function->shared_allowed || extra) return INVALID_VALUE;
   if (!function->module->image || stream != function->module->owner) return INVALID_HANDLE;
   const launched launch = {function->module->image, function->name,
@@ -205,4 +249,12 @@ int FUNCTION(cuLaunchKernel, hipModuleLaunchKernel)(
                            shared_bytes, stream->device, arguments};
   count(&launches);
   return on_launch ? on_launch(&launch) : 0;
+}
+
+int FUNCTION(cuGraphLaunch, hipGraphLaunch)(const graph *graph, context *stream) {
+  int result = 0;
+  for (const recorded *x = graph->launches; !result && x < graph->launches + graph->count; x++)
+    result = FUNCTION(cuLaunchKernel, hipModuleLaunchKernel)(x->function, x->programs, 1, 1, x->threads, 1, 1,
+                                                             x->shared_bytes, stream, x->arguments, NULL);
+  return result;
 }
