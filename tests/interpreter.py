@@ -9,9 +9,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +22,7 @@ from apollo_fuse.dtypes import DType
 from apollo_fuse.extents import evaluate
 from apollo_fuse.index import Index, Symbol
 from apollo_fuse.kernel import KernelGroup
+from tests.worker import Worker
 
 Array = np.ndarray
 _MARGIN = 64  # bytes around each tensor that nothing may write
@@ -46,10 +45,10 @@ class Interpreter:
     """A process that runs one program after the other."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin)
+        self._worker = Worker(_begin)
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._worker.close()
 
     def run(
         self, program: Program, group: KernelGroup, inputs: Sequence[Array], block: int | None = None
@@ -84,7 +83,7 @@ class Interpreter:
             for value in (*group.outputs, *group.temporaries)
         }
         given = {value.name: array for value, array in zip(group.inputs, inputs, strict=True)}
-        found = self._pool.submit(_run, program.text, starts, given, made).result()
+        found = self._worker(_run, program.text, starts, given, made)
         return [found[value.name] for value in group.outputs]
 
 

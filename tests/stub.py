@@ -12,11 +12,9 @@ import os
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -45,6 +43,7 @@ from apollo_fuse.stitching import Swap, members
 from apollo_fuse.trial import Trial
 from tests import interpreter
 from tests.fusing import reference_session
+from tests.worker import Worker
 
 Array = np.ndarray
 GPU = Path(__file__).parent / "gpu"
@@ -338,13 +337,13 @@ class Process:
     """Calls functions in such a process, with its Stub and what else they take."""
 
     def __init__(self, folder: Path) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (folder,))
+        self._worker = Worker(_begin, folder)
 
     def __call__(self, function: Callable[..., T], *arguments: object) -> T:
-        return self._pool.submit(_with_stub, function, arguments).result()
+        return self._worker(_with_stub, function, arguments)
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._worker.close()
 
 
 def _begin(folder: Path) -> None:
