@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnxruntime as ort
@@ -22,7 +23,7 @@ import apollo_fuse
 import models
 from apollo_fuse.measure import Timing, interleaved, session_options
 from apollo_fuse.options import LAYERS, Options
-from benchmarks.bench import Failed, child, machine, parser_of
+from benchmarks.bench import Failed, child, each, machine, parser_of
 from benchmarks.row import SLOWEST, compile_options, require_agreement
 from benchmarks.table import grid, times
 
@@ -230,16 +231,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--row", choices=models.names(), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as place:
-        folder, settings = Path(place), {"seconds": chosen.seconds, "threads": chosen.threads}
-        if chosen.row is not None:
-            row = ablate(chosen.row, folder, **settings)
-            chosen.result.write_text(json.dumps(asdict(row)))
-            return 0
-        rows: list[Ablation] = []
-        for name in chosen.only or models.names():
-            rows.append(measured(name, folder, **settings))
-            print(" | ".join(_cells(rows[-1])), file=sys.stderr, flush=True)
+    settings = {"seconds": chosen.seconds, "threads": chosen.threads}
+    if chosen.row is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            row = ablate(chosen.row, Path(folder), **settings)
+        chosen.result.write_text(json.dumps(asdict(row)))
+        return 0
+    rows = each(
+        chosen.only or models.names(), partial(measured, **settings), lambda row: " | ".join(_cells(row))
+    )
     facts = machine()
     if chosen.json:
         record = {"machine": facts, "settings": settings, "rows": [asdict(row) for row in rows]}

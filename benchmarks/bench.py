@@ -11,8 +11,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import apollo_fuse
 import models
@@ -22,6 +24,8 @@ from apollo_fuse.options import LAYOUTS
 from benchmarks.row import comparison_from
 from benchmarks.table import Row, to_json, to_markdown
 from models import RealModel
+
+T = TypeVar("T")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _ROW_SECONDS = 1800.0
@@ -114,15 +118,15 @@ def _summary(row: Row) -> str:
     )
 
 
-def run(
-    names: Sequence[str], layout: str, *, seconds: float, threads: int, report: Callable[[str], None]
-) -> tuple[Row, ...]:
-    """The rows of the named models, each reported as it is done."""
-    rows: list[Row] = []
+def each(
+    names: Sequence[str], row_of: Callable[[str, Path], T], summary: Callable[[T], str]
+) -> tuple[T, ...]:
+    """The rows of the named models, one after the other; a line tells of each as it is done."""
+    rows: list[T] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            rows.append(measured(name, Path(folder), layout, seconds=seconds, threads=threads))
-            report(_summary(rows[-1]))
+            rows.append(row_of(name, Path(folder)))
+            print(summary(rows[-1]), file=sys.stderr, flush=True)
     return tuple(rows)
 
 
@@ -143,13 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.bench", __doc__, seconds=2.0)
     parser.add_argument("--layout", choices=LAYOUTS, default="portable", help="that the models are fused in")
     chosen = parser.parse_args(arguments)
-    rows = run(
-        chosen.only or models.names(),
-        chosen.layout,
-        seconds=chosen.seconds,
-        threads=chosen.threads,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    row_of = partial(measured, layout=chosen.layout, seconds=chosen.seconds, threads=chosen.threads)
+    rows = each(chosen.only or models.names(), row_of, _summary)
     facts = machine() | {"layout": chosen.layout}
     settings = {"seconds": chosen.seconds, "threads": chosen.threads}
     if chosen.json:

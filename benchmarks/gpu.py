@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,13 +15,13 @@ from rich.table import Table
 
 import models
 from apollo_fuse.gpu import KNOWN
-from benchmarks.bench import Failed, child, machine
+from benchmarks.bench import Failed, child, each, machine
 from benchmarks.gpu_row import compiled_from
 from benchmarks.gpu_table import HEADER, Row, cells, missed, to_json, to_markdown
 from models import Builder
 
 
-def measured(name: str, target: str, folder: Path, threads: int) -> Row:
+def measured(name: str, folder: Path, target: str, threads: int) -> Row:
     """The row of one model, in a process of its own; a failure is a row too."""
     entry = models.find(name)
     memory_bound = isinstance(entry, Builder) and entry.memory_bound
@@ -62,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     by_kind = sorted(
         chosen.only or models.names(), key=lambda name: not getattr(models.find(name), "memory_bound", False)
     )
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in by_kind:
-            rows.append(measured(name, target, Path(folder), chosen.threads))
-            print(f"{name}: {'; '.join(missed(rows[-1])) or 'holds'}", file=sys.stderr, flush=True)
+    rows = each(
+        by_kind,
+        partial(measured, target=target, threads=chosen.threads),
+        lambda row: f"{row.name}: {'; '.join(missed(row)) or 'holds'}",
+    )
     if chosen.json:
         chosen.json.write_text(json.dumps(to_json(rows, machine()), indent=2) + "\n")
     markdown = to_markdown(rows, machine())
