@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from apollo_fuse import onnx_io
 from apollo_fuse.blocked import DOMAIN, block_size
+from apollo_fuse.branches import take_decided_branches
 from apollo_fuse.graph import Refused
 from apollo_fuse.passes.keep_blocked import KeepBlocked
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
@@ -52,7 +53,11 @@ def load_clean_at(path: Path, layout: Layout, folder: Path) -> ir.Model:
 
 
 def cut(clean: ir.Model, layout: Layout) -> Cut:
-    """The model with its shapes; behind all optimisations `clean` is changed to keep tensors in blocks."""
+    """The model with its shapes; `clean` is changed where a branch is decided.
+
+    Behind all optimisations it is changed, too, to keep tensors in blocks.
+    """
+    take_decided_branches(clean, lambda model: _annotated(model, ()).model)
     first = _annotated(clean, ())
     if layout is Layout.PORTABLE:
         return first

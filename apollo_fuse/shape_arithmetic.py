@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from apollo_fuse.extents import at_least_zero, greatest, least, quotient
-from apollo_fuse.index import Index
+from apollo_fuse.index import ONE, ZERO, Index
 
 Elements: TypeAlias = Sequence[Index | None]
 """What a tensor of extents holds; None for elements that are not known."""
@@ -40,6 +40,21 @@ def _chosen(condition: Index | None, then: Index | None, otherwise: Index | None
     return then if condition.is_one else otherwise if condition.is_zero else None
 
 
+def _both(a: Index | None, b: Index | None) -> Index | None:
+    """Of truth values."""
+    if any(x is not None and x.is_zero for x in (a, b)):
+        return ZERO
+    return a if a == b else None
+
+
+def _not(a: Index | None) -> Index | None:
+    return None if a is None else ONE - a
+
+
+def _either(a: Index | None, b: Index | None) -> Index | None:
+    return _not(_both(_not(a), _not(b)))
+
+
 def _folded(function: Callable[[Index, Index], Index | None]) -> Callable[..., Index | None]:
     def fold(*operands: Index | None) -> Index | None:
         result = operands[0]
@@ -68,6 +83,9 @@ ELEMENTWISE: dict[str, Callable[..., Index | None]] = {
     "Greater": _compared(operator.gt),
     "LessOrEqual": _compared(operator.le),
     "GreaterOrEqual": _compared(operator.ge),
+    "Not": _not,
+    "And": _both,
+    "Or": _either,
     "Where": _chosen,
 }
 """For each operator, the result in terms of the operands; None where no rule tells it."""

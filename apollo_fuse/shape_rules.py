@@ -169,8 +169,9 @@ def _compute(at: _Inference) -> None:
     operands = [at.elements(place) for place in range(len(at.node.inputs))]
     known = [e for e in operands if e is not None]
     integers = at.result.dtype in _INTEGERS
-    if all(index is not None and index.constant is not None for e in known for index in e) and integers:
-        return  # the package has computed with numbers
+    numbers = all(index is not None and index.constant is not None for e in known for index in e)
+    if numbers and integers and at.context.get_symbolic_value(at.result) is not None:
+        return  # the package has computed with them
     rows = aligned(known) if len(known) == len(operands) else None
     fmod = at.node.attributes.get("fmod")
     function = ELEMENTWISE.get(at.node.op_type)
@@ -178,6 +179,11 @@ def _compute(at: _Inference) -> None:
         at.forget_elements()
         return
     at.give_elements([function(*row) for row in zip(*rows, strict=True)])
+
+
+@_after(("Not", 1))
+def _not(at: _Inference) -> None:
+    _compute(at)
 
 
 @_after(("Expand", 8))

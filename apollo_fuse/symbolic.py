@@ -22,6 +22,7 @@ from apollo_fuse.index import Index
 from apollo_fuse.loop_shapes import infer_with_loops
 
 _STATED = "apollo_fuse.stated_shape"  # of a body's output: its shape as the model states it
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _infer_if = registry.get("", "If", 13)
 assert _infer_if is not None
 
@@ -128,12 +129,23 @@ def values_of(graph: ir.Graph) -> dict[ir.Value, Value]:
     return result
 
 
+def number_in(value: ir.Value | None) -> int | None:
+    """The one integer or truth value that a tensor of a graph with shapes holds, where inference knows it."""
+    if value is None or value.dtype not in (*_INTEGERS, ir.DataType.BOOL):
+        return None
+    if value.const_value is not None:
+        return int(value.const_value.numpy().item()) if value.const_value.size == 1 else None
+    data = json.loads(value.metadata_props.get(SYM_DATA_KEY, "[]"))
+    found = Dimensions.of(value.graph).element(data[0]) if len(data) == 1 else None
+    return None if found is None else found.constant
+
+
 def _elements(value: ir.Value, dimensions: Dimensions) -> tuple[Index | None, ...] | None:
     """What a tensor of extents holds, where inference knows."""
     data = value.metadata_props.get(SYM_DATA_KEY)
     if data is None or value.shape is None or len(value.shape) > 1:
         return None
-    if value.producer() is None or value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+    if value.producer() is None or value.dtype not in _INTEGERS:
         return None
     found = tuple(map(dimensions.element, json.loads(data)))
     return found if value.shape == (len(found),) or not len(value.shape) and len(found) == 1 else None
