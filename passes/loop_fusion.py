@@ -126,23 +126,30 @@ def _schedule(context: isl.Context, scop: Scop, isl_operations: int) -> Fused | 
     validity = flow.union(_dependences(writes, reads.union(writes), order).subtract(chained)).coalesce()
     sample = isl.Set.read_from_str(context, parameters.sample())
     statements = {m.name: m for m in macros}
-    found: Fused | Refused | None = None
-    for proximity in _proximities(flow, inputs, order, len(macros)):
+
+    def attempt(validity: isl.UnionMap, coincidence: isl.UnionMap, proximity: isl.UnionMap) -> Tree | Refused:
         constraints = (
             isl.ScheduleConstraints.on_domain(_at(domain, sample))
             .set_validity(_at(validity, sample))
-            .set_coincidence(_at(validity, sample))
+            .set_coincidence(_at(coincidence, sample))
             .set_proximity(_at(proximity, sample))
         )
         schedule = constraints.compute_schedule()
         if not _legal(schedule, validity):
             return Refused(nodes, RULE, "isl gave a schedule that breaks a dependence", schedule.to_str())
-        tree = _tree(schedule.get_root().child(0), statements, tuple(statements))
-        if not isinstance(tree, (Refused, Sequence)):
-            return Fused(scop, tree)
-        found = found or (tree if isinstance(tree, Refused) else Fused(scop, tree))
-    assert found is not None
-    return found
+        return _tree(schedule.get_root().child(0), statements, tuple(statements))
+
+    found: list[Tree | Refused] = []
+    for proximity in _proximities(flow, inputs, order, len(macros)):
+        found.append(attempt(validity, validity, proximity))
+        if not isinstance(found[-1], (Refused, Sequence)):
+            return Fused(scop, found[-1])
+    if isinstance(found[0], Refused) and not free.is_empty():
+        # isl may skew reductions over four loops or more; here no point waits for its neighbours, and the
+        # loops run one after the other, since otherwise isl would turn them round
+        context.set_schedule_serialize_sccs(1)
+        found.insert(0, attempt(validity.subtract(free), validity, flow))
+    return found[0] if isinstance(found[0], Refused) else Fused(scop, found[0])
 
 
 def _row_order(

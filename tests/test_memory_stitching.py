@@ -85,6 +85,17 @@ def clipped_by_norm(length: int) -> onnx.ModelProto:
     return graph.model()
 
 
+def standardised(*shape: int | str) -> onnx.ModelProto:
+    """Everything at a distance from the one mean, by the one deviation."""
+    graph = Graph("standardised")
+    x = graph.input("x", list(shape))
+    every = np.arange(len(shape))
+    centred = graph.op("Sub", x, graph.op("ReduceMean", x, every))
+    variance = graph.op("ReduceMean", graph.op("Mul", centred, centred), every)
+    graph.output(graph.op("Div", centred, graph.op("Sqrt", variance)), "out", list(shape))
+    return graph.model()
+
+
 def column_sums(rows: int, columns: int) -> onnx.ModelProto:
     """The gradient of a bias."""
     graph = Graph("column_sums")
@@ -134,6 +145,8 @@ ONE_KERNEL: dict[str, Build] = {
     "long layernorm": partial(memory_bound.layernorm, 1, 2_000_000),
     "a norm over everything": partial(clipped_by_norm, 3_000_001),
     "a mean over everything": partial(mean_of_squares, 4000, 1000),
+    "a variance over four axes": partial(standardised, 8, 16, 20, 30),
+    "a variance over five open axes": partial(standardised, *"abcde"),
 }
 
 
@@ -144,6 +157,16 @@ def test_a_chain_of_reductions_is_one_operator(name: str, tmp_path: Path) -> Non
     made = found.candidates[0].micro_graph.operators
     nodes = len(onnx_io.load_clean(tmp_path / "model.onnx", tmp_path).graph)
     assert len(made) == nodes
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 1, 1, 2), (3, 16, 20, 30)])
+def test_reductions_over_four_open_axes_are_right(
+    shape: tuple[int, ...], tmp_path: Path, cache: Path
+) -> None:
+    fused = fuse_to_session(standardised(*"abcd"), tmp_path, cache, shapes={"x": (2, 8, 9, 10)})
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    (expected, found), *_ = fused.run({"x": x}).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def pooled_and_normalised(channels: int, length: int) -> onnx.ModelProto:
