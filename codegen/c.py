@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import item_count, op_interface, unpack
+from apollo_fuse.codegen.maxima import chains
 from apollo_fuse.codegen.transposed import Transposed, transposed
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
@@ -196,8 +197,16 @@ class _Writer:
         prefix = step.statement.lower()
         texts: list[str] = []
         block = step.block
+        maxima = chains(block)
         for place, item in enumerate(block.instructions):
-            text = self.instruction(block, item, texts)
+            if place in maxima.inner or place in maxima.values:
+                text = _among_numbers(item, texts)
+            else:
+                text = self.instruction(block, item, texts)
+            if place in maxima.values:
+                self.line(f"const {c.compute_type(item.dtype)} {prefix}_{place}_number = {text};")
+                operands = [texts[value] for value in maxima.values[place]]
+                text = f"{_any_nan(operands)} ? NAN : {prefix}_{place}_number"
             last = place == len(block.instructions) - 1
             named = isinstance(item, Load) and item in self.hoisted
             if named or isinstance(item, Constant) or (last and not isinstance(item, Load)):
@@ -244,10 +253,8 @@ class _Writer:
                 return self.hoisted[item]
             case Load(tensor, indices, dtype):
                 return self.read(Target(tensor, indices[0]))
-            case Apply(Op.MAX | Op.MIN as op, (a, b), dtype) if dtype.is_float and _is_number(block, b):
-                # one instruction on every machine, and a NaN in the operand passes through
-                sign = ">" if op is Op.MAX else "<"
-                return f"{texts[b]} {sign} {texts[a]} ? {texts[b]} : {texts[a]}"
+            case Apply(Op.MAX | Op.MIN, (_, b), dtype) if dtype.is_float and _is_number(block, b):
+                return _among_numbers(item, texts)  # a NaN in the operand passes through
             case Apply(op, operands, dtype):
                 sources = tuple(block.instructions[o].dtype for o in operands)
                 return c.apply(op, tuple(texts[o] for o in operands), sources, dtype)
@@ -268,6 +275,19 @@ class _Writer:
         buffer = self.kernel.buffer(target.buffer)
         stored = c.store(buffer.dtype, value) if buffer.scope is Scope.GLOBAL else value
         self.line(f"{self.place(target)} = {stored};")
+
+
+def _among_numbers(item: Instruction, texts: list[str]) -> str:
+    """A maximum or minimum in one instruction on every machine; of a NaN as second operand, the first."""
+    assert isinstance(item, Apply)
+    a, b = (texts[operand] for operand in item.operands)
+    return f"{b} {'>' if item.op is Op.MAX else '<'} {a} ? {b} : {a}"
+
+
+def _any_nan(values: list[str]) -> str:
+    """Whether one of them is no number, asked of two at a time."""
+    pairs = zip(values[::2], [*values[1::2], values[-1]], strict=False)
+    return f"({' | '.join(f'__builtin_isunordered({a}, {b})' for a, b in pairs)})"
 
 
 def _tensors(load: Load) -> set[str]:
