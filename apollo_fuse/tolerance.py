@@ -69,8 +69,7 @@ def compare(name: str, expected: Array, found: Array, coarsest: DType | None = N
         return Difference(float(wrong > 0), float(wrong > 0), problem)
     a, b = expected.astype(np.float64), found.astype(np.float64)
     finite = np.isfinite(a)
-    if not _alike(a, b):
-        where = int(np.count_nonzero(np.isfinite(a) != np.isfinite(b)))
+    if where := _unlike(a, b):
         return Difference(np.inf, np.inf, f"{name} has NaN or infinity in other places ({where} elements)")
     a, b = a[finite], b[finite]
     if not a.size:
@@ -108,7 +107,7 @@ def nearer(truth: Doubles, expected: Array, found: Array, coarsest: DType | None
     if dtype is None:
         return _rounded(truth, found, coarsest or DType.FLOAT32)
     a, b = expected.astype(np.float64), found.astype(np.float64)
-    if truth.shape != a.shape or not (_alike(truth, a) and _alike(truth, b)):
+    if truth.shape != a.shape or _unlike(truth, a) or _unlike(truth, b):
         return Nearer(False, "in doubles NaN or infinity is in other places")
     finite = np.isfinite(truth)
     _, allowed = _allowed(truth[finite], dtype)
@@ -132,7 +131,7 @@ def unsteady(expected: Array, found: Array, moved: Sequence[Array]) -> Nearer:
 
     def distances(other: Array) -> tuple[float, float]:
         b = other.astype(np.float64)
-        if b.shape != a.shape or not _alike(a, b):
+        if b.shape != a.shape or _unlike(a, b):
             return np.inf, np.inf
         error = np.abs(b[finite] - a[finite])
         return float(error.max(initial=0.0)), float(np.sqrt(np.square(error).mean()))
@@ -167,11 +166,10 @@ def _precision(expected: Array, coarsest: DType | None) -> DType | None:
     return coarsest
 
 
-def _alike(a: Doubles, b: Doubles) -> bool:
-    """Whether NaN meets NaN, infinities their like, and numbers numbers."""
-    infinite = np.isinf(a)
-    same = np.array_equal(np.isnan(a), np.isnan(b)) and np.array_equal(a[infinite], b[infinite])
-    return same and bool(np.isfinite(b[np.isfinite(a)]).all())
+def _unlike(a: Doubles, b: Doubles) -> int:
+    """The places where not NaN meets NaN, an infinity its like, or a number a number."""
+    alike = (a == b) | (np.isnan(a) & np.isnan(b)) | (np.isfinite(a) & np.isfinite(b))
+    return int(np.count_nonzero(~alike))
 
 
 def _allowed(values: Doubles, dtype: DType) -> tuple[float, Doubles]:

@@ -18,7 +18,7 @@ from apollo_fuse.doubles import NotInDoublesError, in_doubles
 from apollo_fuse.dtypes import DType
 from apollo_fuse.render import render_explanation
 from apollo_fuse.report import Report
-from apollo_fuse.tolerance import nearer
+from apollo_fuse.tolerance import compare, nearer
 from apollo_fuse.verify import Verdict, verify
 from models.writing import Graph
 from tests.fusing import reference_session
@@ -236,3 +236,8 @@ def test_a_model_may_be_off_by_what_its_own_results_move_where_inputs_do(between
     assert verdict.passed is between
     told = verdict.note if between else verdict.problem
     assert "onnxruntime's own result moves where inputs move by their last bit" in told
+
+
+def test_a_nan_in_the_place_of_an_infinity_is_counted() -> None:
+    expected, found = np.array([np.inf, -np.inf, np.nan, 1.0]), np.array([np.nan, np.inf, np.nan, 1.0])
+    assert compare("y", expected, found).problem == "y has NaN or infinity in other places (2 elements)"
