@@ -33,7 +33,8 @@ def take_decided_branches(model: ir.Model, infer: Infer) -> None:
     if not any(map(_is_choice, nodes(model.graph))):
         return
     copy = _take_known(model, infer)
-    while (choice := _without_choice(model, copy, infer)) is not None:
+    tried: set[ir.Node] = set()
+    while (choice := _without_choice(model, copy, infer, tried)) is not None:
         _take(choice, "then_branch")
         copy = _take_known(model, infer)
 
@@ -62,12 +63,16 @@ def _is_choice(node: ir.Node) -> bool:
     return node.op_type == "If" and not node.domain
 
 
-def _without_choice(model: ir.Model, copy: ir.Model, infer: Infer) -> ir.Node | None:
-    """An If that squeezes the extent of 1 that it asks for, where the model does not run otherwise."""
+def _without_choice(model: ir.Model, copy: ir.Model, infer: Infer, tried: set[ir.Node]) -> ir.Node | None:
+    """An If that squeezes the extent of 1 that it asks for, where the model does not run otherwise.
+
+    Each takes shapes to be inferred anew, and is tried once.
+    """
     values = values_of(copy.graph)
     for place, (node, same) in enumerate(_pairs(model, copy)):
-        if not _is_choice(node) or not _squeezes_as_asked(same, values):
+        if node in tried or not _is_choice(node) or not _squeezes_as_asked(same, values):
             continue
+        tried.add(node)
         other = model.clone()
         choice = next(x for number, x in enumerate(nodes(other.graph)) if number == place)
         around = choice.graph
