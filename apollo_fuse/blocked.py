@@ -50,15 +50,6 @@ def whole_blocks(channels: int, block: int) -> int:
     return -(-channels // block) * block
 
 
-def is_view(node: ir.Node) -> bool:
-    """Whether the node shows a blocked tensor in its true shape of five axes, or such a one in four."""
-    target = node.inputs[1] if node.op_type == "Reshape" and len(node.inputs) == 2 else None
-    if node.domain or target is None or target.const_value is None or target.const_value.size not in (4, 5):
-        return False
-    batch, _, *places = target.const_value.numpy().tolist()
-    return batch == 0 and places in ([0, 0], [0, 0, block_size()])
-
-
 registry.collect()
 for _domain, _name in _LIKE_ONNX:
     _infer = registry.get("", _name.removeprefix("Fused"), 22)

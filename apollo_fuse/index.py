@@ -309,6 +309,12 @@ def delinearise(offset: Index, shape: tuple[Index, ...]) -> tuple[Index, ...]:
     return (*((offset,) if shape else ()), *reversed(indices))
 
 
+def divides_a_sum(index: Index) -> bool:
+    """Whether some quotient is of more than an iterator, so that splitting a loop would not make it plain."""
+    numerators = (atom.numerator for atom in index.atoms() if isinstance(atom, Quotient))
+    return any(n.iterators() and all(n != Index.of(i) for i in n.iterators()) for n in numerators)
+
+
 def maximum(left: Index, right: Index) -> Index:
     if non_negative(left - right):
         return left

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from apollo_fuse.blocked import is_view
 from apollo_fuse.bodies import graphs
 from apollo_fuse.feedback import NOT_WORTH_IT, Feedback, Left, Outcome, Round
 from apollo_fuse.fusion import Candidate, FuseMicroGraph
@@ -173,10 +172,7 @@ class Planner:
             if isinstance(opened[place], Refused):
                 continue
             label = node.name or node.op_type
-            if not portable and is_view(node):
-                # costs nothing beside a kernel, and in one makes indices that are not affine
-                opened[place] = Refused((label,), "keep_blocked", "a view of a blocked tensor")
-            elif node in convolved:
+            if node in convolved:
                 opened[place] = Refused((label,), "leave_to_convolution", "part of a convolution")
             elif node in quantized:
                 opened[place] = Refused((label,), "leave_to_quantized", "part of the operator beside it")

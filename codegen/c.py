@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import item_count, op_interface, unpack
 from apollo_fuse.codegen.maxima import chains
-from apollo_fuse.codegen.transposed import Transposed, transposed
+from apollo_fuse.codegen.transposed import Transposed, moved, transposed
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
 from apollo_fuse.index import Index, Indirect, Iterator
@@ -95,6 +95,11 @@ class _Writer:
                 self.depth -= 1
                 self.line("}")
             return
+        move = moved(self.kernel, loop)
+        if move is not None:
+            for line in move.lines(_turns(loop), _turns(move.lane)):
+                self.line(line)
+            return
         invariant = self.invariant(loop) if loop.kind is LoopKind.LANE else []
         extremes = self.extremes(loop) if loop.kind is LoopKind.LANE else {}
         tiles = transposed(self.kernel, loop)
@@ -134,12 +139,8 @@ class _Writer:
 
     def turn(self, tiles: Transposed, rows: str, end: str) -> str:
         """Declares the tiles and fills those that are read; gives the name of how many rows there are."""
-        columns = c.index(tiles.lane.iterator.extent)
-        if tiles.lane.limit is not None:
-            left = c.index(tiles.lane.limit)
-            columns = f"{left} < {columns} ? {left} : {columns}"
         self.line(f"const int64_t {rows}_rows = {end};")
-        self.line(f"const int64_t {rows}_columns = {columns};")
+        self.line(f"const int64_t {rows}_columns = {_turns(tiles.lane)};")
         for access, tile in (*tiles.reads.items(), *tiles.writes.items()):
             self.line(tile.declaration)
             self.turned[access] = tile.place
@@ -288,6 +289,15 @@ def _any_nan(values: list[str]) -> str:
     """Whether one of them is no number, asked of two at a time."""
     pairs = zip(values[::2], [*values[1::2], values[-1]], strict=False)
     return f"({' | '.join(f'__builtin_isunordered({a}, {b})' for a, b in pairs)})"
+
+
+def _turns(loop: Loop) -> str:
+    """How often a loop turns."""
+    most = c.index(loop.iterator.extent)
+    if loop.limit is None:
+        return most
+    left = c.index(loop.limit)
+    return f"{left} < {most} ? {left} : {most}"
 
 
 def _tensors(load: Load) -> set[str]:

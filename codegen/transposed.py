@@ -81,7 +81,7 @@ class Transposed:
 def transposed(kernel: Kernel, loop: Loop) -> Transposed | None:
     """What runs along the memory of `loop` and jumps along the lane loops in it, if anything does."""
     lane = _lanes(loop)
-    if lane is None:
+    if lane is None or moved(kernel, loop) is not None:
         return None
     found, left = Transposed(lane), _MOST_BYTES
     written, read = written_by(loop.body), read_by(loop.body)
@@ -100,6 +100,91 @@ def transposed(kernel: Kernel, loop: Loop) -> Transposed | None:
             left -= tile.bytes
             tiles[access] = tile
     return found if found.reads or found.writes else None
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Where a tile lies in memory: each row begins `row` elements behind the one before.
+
+    Where the loop's turns are rows that no such number lies between, as in a channel shuffle, it is None, and
+    `base` is where the row of the turn at hand begins.
+    """
+
+    buffer: Buffer
+    base: Index
+    row: Index | None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A tile that goes from memory to memory as it is, and so through no array.
+
+    One side runs along the lanes, and the turns of the loop are its rows; the other runs along the loop.
+    """
+
+    loop: Loop
+    lane: Loop
+    to: Side
+    source: Side
+    writes_lanes: bool
+
+    def lines(self, turns: str, lanes: str) -> list[str]:
+        """C that moves this many turns of the loop, of so many lanes each."""
+        name, bits = self.loop.iterator.name, 8 * self.to.buffer.dtype.size
+        rows, columns = (turns, lanes) if self.writes_lanes else (lanes, turns)
+        tables = any(side.row is None for side in (self.to, self.source))
+        places: list[str] = []
+        head: list[str] = []
+        for side in (self.to, self.source):
+            if side.row is None:
+                head.append(f"int64_t {name}_at[{_size(self.loop.iterator)}];")
+                each = f"for (int64_t {name} = 0; {name} < {turns}; {name}++)"
+                head.append(f"{each} {name}_at[{name}] = {c.index(side.base)};")
+                places += [side.buffer.name, "0", f"{name}_at"]
+            else:
+                places += [f"{side.buffer.name} + {c.index(side.base)}", c.index(side.row)]
+                places += ["0"] if tables else []
+        function = f"af_transpose_at_{bits}" if tables else f"af_transpose_{bits}"
+        call = f"{function}({', '.join(places)}, {rows}, {columns});"
+        return ["{", *(f"  {line}" for line in (*head, call)), "}"] if tables else [call]
+
+
+def moved(kernel: Kernel, loop: Loop) -> Move | None:
+    """The tile that is all that `loop` moves, if it moves one."""
+    lane = _lanes(loop)
+    step = lane.body[0] if lane is not None and len(loop.body) == len(lane.body) == 1 else None
+    if lane is None or not isinstance(step, Compute) or step.combine is not None or len(step.targets) > 1:
+        return None
+    (target,), loads = step.targets, step.block.loads
+    if not loads or len(step.block.instructions) > 1:
+        return None
+    to, source = kernel.buffer(target.buffer), kernel.buffer(loads[0].tensor)
+    if to == source or {to.scope, source.scope} != {Scope.GLOBAL} or to.dtype != source.dtype:
+        return None
+    ends = (to, target.offset), (source, loads[0].indices[0])
+    for writes_lanes, (along, across) in ((True, ends), (False, ends[::-1])):
+        one, other = _along(*along, loop, lane), _across(*across, loop, lane)
+        if one is not None and other is not None:
+            return Move(loop, lane, *((one, other) if writes_lanes else (other, one)), writes_lanes)
+    return None
+
+
+def _along(buffer: Buffer, offset: Index, loop: Loop, lane: Loop) -> Side | None:
+    """The side that runs along the lanes."""
+    one, step = offset.coefficient(lane.iterator), offset.coefficient(loop.iterator)
+    if one is None or not one.is_one or (step is not None and step.is_one):
+        return None
+    start = offset.substitute({lane.iterator: ZERO})
+    if step is None or lane.iterator in step.atoms():
+        return Side(buffer, start, None)
+    return Side(buffer, start.substitute({loop.iterator: ZERO}), step)
+
+
+def _across(buffer: Buffer, offset: Index, loop: Loop, lane: Loop) -> Side | None:
+    """The side that runs along the loop."""
+    jump = _jump(offset, loop, lane.iterator)
+    start: dict[Atom, Index] = {lane.iterator: ZERO, loop.iterator: ZERO}
+    return None if jump is None else Side(buffer, offset.substitute(start), jump)
 
 
 def stack_bytes(kernel: Kernel) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive, Value
-from apollo_fuse.index import Index, Iterator, product
+from apollo_fuse.index import ZERO, Index, Iterator, product
 from apollo_fuse.passes.contraction import Contraction
 
 CALLED = 16 * 1024  # elements that take less time to move than an operator takes to be called
@@ -49,7 +49,8 @@ class Area:
     @staticmethod
     def of(operator: Operator) -> Area:
         domain, rows = Index.of(0), None
-        for primitive in operator.primitives:
+        moving = [p for p in operator.primitives if p.pattern is not Pattern.RESHAPE]
+        for primitive in moving or operator.primitives:
             size, kept = _extents(primitive)
             domain = _larger(domain, size)
             rows = kept if primitive.reduction is not None else rows
@@ -242,7 +243,8 @@ class _Growth:
         self.contraction = Contraction(successors)
         self.areas = {place: Area.of(operator) for place, operator in enumerate(cluster)}
         self.made = [{v.name for v in operator.outputs} for operator in cluster]
-        self.windows = [_windowed(operator) for operator in cluster]
+        self.parted = [_parted(operator) for operator in cluster]
+        self.windows = [_windowed(operator) - self.parted[n] for n, operator in enumerate(cluster)]
         self.read = [{v.name for v in operator.inputs if v.name in self.producer_of} for operator in cluster]
         self.sizes = {v.name: product(v.shape) for operator in cluster for v in operator.inputs}
         self.apart: list[set[int]] = [set() for _ in cluster]
@@ -342,7 +344,7 @@ class _Growth:
         keep = self.contraction.merge(a, b)
         drop = b if keep == a else a
         self.areas[keep] = joined
-        for facts in (self.made, self.read, self.windows):
+        for facts in (self.made, self.read, self.windows, self.parted):
             facts[keep] |= facts[drop]
         self.apart[keep] |= self.apart[drop]
 
@@ -360,8 +362,9 @@ class _Growth:
     def _relation(self, producer: int, user: int) -> Relation:
         """The most general relation of the tensors that cross from one area to the other."""
         size = self.areas[user].domain
-        sizes = {self.sizes[name] for name in self.made[producer] & self.read[user]}
-        if sizes == {size}:
+        crossing = self.made[producer] & self.read[user]
+        sizes = {self.sizes[name] for name in crossing}
+        if sizes == {size} or crossing <= self.parted[user]:
             return Relation.ONE_TO_ONE
         smaller = all(s == size or size.exact_quotient(s) is not None for s in sizes)
         return Relation.BROADCAST if smaller else Relation.GENERAL
@@ -396,6 +399,20 @@ def _windowed(operator: Operator) -> set[str]:
                 if any(other != place for other in seen):
                     found.add(load.tensor)
     return found
+
+
+def _parted(operator: Operator) -> set[str]:
+    """The inputs that the operator takes apart: each element is read once, by one of several primitives."""
+    points: dict[str, list[Index]] = {}
+    for primitive in operator.primitives:
+        for load in primitive.block.loads:
+            points.setdefault(load.tensor, []).append(_extents(primitive)[0])
+    sizes = {v.name: product(v.shape) for v in operator.inputs}
+    return {
+        name
+        for name, size in sizes.items()
+        if len(read := points.get(name, ())) > 1 and sum(read, ZERO) == size
+    }
 
 
 def _is_large(value: Value) -> bool:

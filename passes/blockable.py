@@ -161,7 +161,7 @@ def _is_pointwise(primitive: Primitive) -> bool:
 
 
 def wanted_in_blocks(graph: ir.Graph, able: set[ir.Value]) -> set[ir.Value]:
-    """The results of nodes that reach a ReorderInput in blocks, or a pool, which makes them small."""
+    """The results of nodes that reach a ReorderInput in blocks, or a pool that makes them small."""
     wanted: set[ir.Value] = set()
     for node in reversed(list(graph)):
         out = node.outputs[0]
@@ -169,7 +169,7 @@ def wanted_in_blocks(graph: ir.Graph, able: set[ir.Value]) -> set[ir.Value]:
             out in able
             and not reorders(node, "ReorderOutput")
             and (
-                pool(node) is not None
+                _shrinks(node)
                 or any(u.outputs[0] in wanted or reorders(u, "ReorderInput") for u, _ in out.uses())
             )
         ):
@@ -213,11 +213,15 @@ def reorders(node: ir.Node, op_type: str) -> bool:
 
 
 def pool(node: ir.Node) -> str | None:
-    """The operator on blocked tensors that this node's one is on images, where it pools whole images."""
+    """The operator on blocked tensors that this node's one is on images, where it is a pool."""
     if node.domain:
         return None
     if node.op_type in ("GlobalAveragePool", "GlobalMaxPool"):
         return node.op_type
+    if node.op_type in ("AveragePool", "MaxPool"):
+        # neither where a maximum is, nor windows with gaps, which the average on blocks does not have
+        plain = len(node.outputs) == 1 and all(step == 1 for step in _ints(node, "dilations"))
+        return node.op_type if plain else None
     if node.op_type == "ReduceMean":
         axes: Sequence[float] | None = None
         if "axes" in node.attributes:
@@ -232,6 +236,17 @@ def pool(node: ir.Node) -> str | None:
         ):
             return "GlobalAveragePool"
     return None
+
+
+def _shrinks(node: ir.Node) -> bool:
+    """Whether the node is a pool that leaves a few elements, or one, of many."""
+    if node.op_type in ("AveragePool", "MaxPool"):
+        return pool(node) is not None and any(step > 1 for step in _ints(node, "strides"))
+    return pool(node) is not None
+
+
+def _ints(node: ir.Node, name: str) -> Sequence[int]:
+    return node.attributes[name].as_ints() if name in node.attributes else ()
 
 
 def upsampling(node: ir.Node) -> list[int]:

@@ -36,6 +36,7 @@ from apollo_fuse.passes.access_composition import point_of, without_index_views
 from apollo_fuse.passes.bind_extents import bind_extents, needed_symbols
 from apollo_fuse.passes.simplify import simplify
 from apollo_fuse.passes.split_axes import access_indices, split_axes
+from apollo_fuse.passes.write_as_made import write_as_made
 from apollo_fuse.scop import LEAST_SAMPLE, Derived, Extent, Scop, Statement
 
 RULE = "build_scop"
@@ -50,7 +51,7 @@ class BuildScop:
         nodes = tuple(operator.op_type for operator in micro_graph.operators)
         try:
             results = frozenset(v.name for v in micro_graph.outputs)
-            primitives = without_index_views(micro_graph.primitives)
+            primitives = write_as_made(without_index_views(micro_graph.primitives), results)
             kept = _kept(primitives, results)
             statements = split_axes(_inline(primitives, kept), kept - results)
             statements = [s for s in statements if not _is_void(s)]

@@ -1,4 +1,4 @@
-"""Collapses neighbouring loops that every access treats as one long axis."""
+"""Collapses neighbouring loops that every access treats as one axis, and short ones where one access does."""
 
 from __future__ import annotations
 
@@ -51,6 +51,41 @@ def collapse_loops(nests: Nests) -> Nests:
                 changed = True
                 break
     return nests
+
+
+def join_short_axes(nests: Nests, longest: int) -> Nests:
+    """Merges axes of the grid that one access runs through where another runs along a longer axis.
+
+    Both together make a tile to turn, of at most `longest` elements, where either alone would make a strip:
+    the groups of a channel shuffle with their channels. Other accesses step through quotients then.
+    """
+    grid = list(nests.grid)
+    for place in range(len(grid) - 2, -1, -1):
+        outer, inner = grid[place : place + 2]
+        if not _is_at_most(outer.extent * inner.extent, longest):
+            continue
+        others = [axis for axis in grid if axis not in (outer, inner)]
+        if any(_turns(offset, outer, inner, axis, nests) for offset in nests.offsets() for axis in others):
+            merged = Iterator(outer.name, outer.extent * inner.extent)
+            whole = Index.of(merged)
+            nests = nests.substitute({outer: whole // inner.extent, inner: whole % inner.extent})
+            grid[place : place + 2] = [merged]
+    return replace(nests, grid=tuple(grid))
+
+
+def _is_at_most(extent: Index, limit: int) -> bool:
+    return extent.constant is not None and extent.constant <= limit
+
+
+def _turns(offset: Index, outer: Iterator, inner: Iterator, axis: Iterator, nests: Nests) -> bool:
+    """Whether the access runs through both axes, and jumps along another that some access runs along."""
+    along, across, jump = (offset.coefficient(i) for i in (inner, outer, axis))
+    if along is None or not along.is_one or across != inner.extent or jump is None:
+        return False
+    if jump.is_zero or jump.is_one or _is_at_most(axis.extent, (outer.extent * inner.extent).constant or 0):
+        return False
+    steps = [other.coefficient(axis) for other in nests.offsets()]
+    return all(step is not None for step in steps) and any(step is not None and step.is_one for step in steps)
 
 
 def collapsible(outer: Iterator, inner: Iterator, offsets: Iterable[Index]) -> bool:

@@ -82,7 +82,10 @@ class _Rewriting:
         out = node.outputs[0]
         pooling = pool(node)
         if pooling is not None:
-            twin = self._put(node, pooling, [self._flat(node.inputs[0])], [], DOMAIN)
+            windows = [
+                a for name, a in _copied(node).items() if pooling == node.op_type and name != "dilations"
+            ]
+            twin = self._put(node, pooling, [self._flat(node.inputs[0])], windows, DOMAIN)
         elif node.op_type == "Concat":
             twin = self._put(
                 node, "Concat", [self._flat(v) for v in node.inputs], [ir.AttrInt64("axis", 1)], ""
@@ -115,8 +118,7 @@ class _Rewriting:
                 case Kind.PLACES:
                     rank = len(self.values[value].shape)
                     operands.append(self._reshape(value, [0] * rank + [1]))
-        attributes = [ir.Attr(a.name, a.type, a.value) for a in node.attributes.values()]
-        twin = self._put(node, node.op_type, operands, attributes, node.domain)
+        twin = self._put(node, node.op_type, operands, list(_copied(node).values()), node.domain)
         self.blocked[out] = _Blocked(None, twin) if true else _Blocked(twin)
 
     def _put(
@@ -243,3 +245,7 @@ class _Rewriting:
         """A name that is not taken."""
         self.count += 1
         return f"{base}_blocked_{self.count}"
+
+
+def _copied(node: ir.Node) -> dict[str, ir.Attr]:
+    return {name: ir.Attr(a.name, a.type, a.value) for name, a in node.attributes.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import ONE, ZERO, Atom, Index, Iterator, product, unclamped
 from apollo_fuse.kernel import Kernel, KernelGroup, LoopKind
-from apollo_fuse.passes.collapse_axes import collapse_grid, collapse_loops
+from apollo_fuse.passes.collapse_axes import collapse_grid, collapse_loops, join_short_axes
 from apollo_fuse.passes.distribute_lanes import distribute_lanes
 from apollo_fuse.passes.fuse_nests import fuse_nests
 from apollo_fuse.passes.invert_divisors import invert_divisors
@@ -75,7 +75,8 @@ class TileAndMap:
             nests = build_nests(scop, tree, serial=self.alone)
             if isinstance(nests, Refused):
                 return nests
-            nests = invert_divisors(fuse_nests(collapse_loops(collapse_grid(nests))))
+            nests = join_short_axes(collapse_grid(nests), self.tiles.transposed)
+            nests = invert_divisors(fuse_nests(collapse_loops(nests)))
             kernel = self._map(f"k{number}", nests)
             if not isinstance(kernel, Kernel):
                 return kernel
@@ -95,7 +96,10 @@ class TileAndMap:
         if unrolled is None and self._short(lane):
             longer = next((a for a in reversed(rest) if not self._short(a)), None)
             if longer is not None and not _fills_vectors(nests, lane, longer):
-                lane, unrolled = longer, lane
+                if (lane.extent.constant or 0) >= _VECTOR and _transposed(nests, longer, [lane]) is not None:
+                    lane = longer
+                else:
+                    lane, unrolled = longer, lane
             rest = [axis for axis in nests.grid if axis != lane]
         if unrolled is not None:
             rest = [axis for axis in rest if axis != unrolled]
@@ -222,7 +226,8 @@ def _not_reduced(scop: Scop, tensors: list[str]) -> list[str]:
 def _lane(nests: Nests) -> Iterator | None:
     """The grid axis to take lanes from, or None where the innermost loops serve better."""
     contiguous = {axis: _contiguous(nests, axis) for axis in nests.grid}
-    best = max(nests.grid, key=lambda axis: (contiguous[axis], nests.grid.index(axis)), default=None)
+    order = {axis: (contiguous[axis], _linear(nests, axis), n) for n, axis in enumerate(nests.grid)}
+    best = max(nests.grid, key=lambda axis: order[axis], default=None)
     if best is None or not nests.has_loops:
         return best
     inner = sum(_contiguous(nests, loop) for loop in nests.innermost())
@@ -237,6 +242,11 @@ def _contiguous(nests: Nests, iterator: Iterator) -> int:
         if factor is not None and factor.is_one:
             along += math.prod(_size(i.extent) for i in offset.iterators())
     return along
+
+
+def _linear(nests: Nests, iterator: Iterator) -> bool:
+    """Whether each access moves as far with each step of the iterator, as one that is clamped does not."""
+    return all(offset.coefficient(iterator) is not None for offset in nests.all_offsets())
 
 
 def _size(extent: Index) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apollo_fuse.operators import DESCRIPTIONS
+from tests import test_blocked_operators as blocked
 from tests import test_operators as floats
 from tests import test_quantized_operators as quantized
 from tests import test_transformer_operators as transformers
@@ -33,6 +34,8 @@ def every_table() -> Iterator[Table]:
     yield transformers.others("float32")
     yield transformers.newest("float32")
     yield transformers.bits("float32")
+    yield blocked.reorders()
+    yield blocked.scales()
 
 
 def test_every_description_stands_in_a_table() -> None:
@@ -70,7 +73,11 @@ def test_the_documentation_lists_what_is_covered() -> None:
     text = (Path(__file__).parent.parent / "docs" / "operators.md").read_text()
     listed = {
         (domain, name)
-        for domain, heading in (("", "Of ONNX: "), ("com.microsoft", "Of com.microsoft: "))
+        for domain, heading in (
+            ("", "Of ONNX: "),
+            ("com.microsoft", "Of com.microsoft: "),
+            ("com.microsoft.nchwc", "Of com.microsoft.nchwc: "),
+        )
         for name in text.split(heading)[1].split(".\n")[0].replace("\n", " ").split(", ")
     }
     assert listed == set(DESCRIPTIONS)

@@ -145,6 +145,21 @@ def test_squeeze_and_excitation_is_computed_in_blocks(tmp_path: Path) -> None:
     assert_same(run(model, feeds), run(blocked.clean, feeds))
 
 
+@pytest.mark.parametrize("channels", [48, 40, 20])
+@pytest.mark.parametrize("pool", ["MaxPool", "AveragePool"])
+def test_pools_that_make_images_smaller_do_so_in_blocks(tmp_path: Path, channels: int, pool: str) -> None:
+    """Before the reorder, where others need rows, which has less to move then."""
+    net = Net(channels)
+    x = net.graph.op(pool, net.start(), kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    x = net.graph.op("Transpose", net.graph.op(pool, x, kernel_shape=[2, 2]), perm=[0, 1, 3, 2])
+    model = net.finish(x)
+    blocked = cut_blocked(model, tmp_path)
+    smaller, same = (node for node in blocked.clean.graph if node.op_type == pool)
+    assert smaller.domain == DOMAIN
+    assert same.domain == (DOMAIN if channels % block_size() == 0 else "")  # as onnxruntime has it
+    assert_cut_computes(model, blocked)
+
+
 def test_what_is_undefined_at_zero_stays_in_rows_where_channels_do_not_fill_blocks(tmp_path: Path) -> None:
     for channels, reorders in ((block_size() * 2, 0), (block_size() + 4, 1)):
         net = Net(channels)

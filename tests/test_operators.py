@@ -81,7 +81,8 @@ class Table:
             numpy_helper.from_array(array, name) for name, array in self.constants.items() if name in used
         ]
         graph = helper.make_graph(nodes, "cases", inputs, outputs, [*constants, axes])
-        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
+        others = {"com.microsoft"} | {case.domain for case in self.cases if case.domain}
+        opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in sorted(others))]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
     def runnable(self) -> list[Case]:

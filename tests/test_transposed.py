@@ -21,6 +21,9 @@ SOURCE = '#include "transpose.h"\n' + "".join(
     f"void turn{bits}(void *to, int64_t to_row, const void *from, int64_t from_row, "
     "int64_t rows, int64_t columns) {"
     f"\n  af_transpose_{bits}(to, to_row, from, from_row, rows, columns);\n}}\n"
+    f"void turn_at{bits}(void *to, const int64_t *to_at, const void *from, const int64_t *from_at, "
+    "int64_t rows, int64_t columns) {"
+    f"\n  af_transpose_at_{bits}(to, 0, to_at, from, 0, from_at, rows, columns);\n}}\n"
     for bits in BITS
 )
 
@@ -54,6 +57,30 @@ def test_a_tile_of_any_size_is_turned_and_nothing_beside_it_is_touched(
         np.testing.assert_array_equal(target, expected)
 
     check()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_may_lie_anywhere(library: ctypes.CDLL, bits: int) -> None:
+    function = library[f"turn_at{bits}"]
+    number = ctypes.c_int64
+    function.argtypes = [ctypes.c_void_p] * 4 + [number, number]
+    function.restype = None
+    dtype = np.dtype(f"u{bits // 8}")
+    for rows, columns in ((16, 64), (5, 9), (40, 3), (1, 1), (19, 33)):
+        generator = np.random.default_rng(rows)
+        source = generator.integers(0, 256, (columns, rows * dtype.itemsize), np.uint8).view(dtype)
+        target = np.zeros((rows, columns), dtype)
+        from_at, to_at = (np.int64(generator.permutation(n)) for n in (columns, rows))
+        tables = [np.ascontiguousarray(at * n) for at, n in ((to_at, columns), (from_at, rows))]
+        function(
+            target.ctypes.data,
+            tables[0].ctypes.data,
+            source.ctypes.data,
+            tables[1].ctypes.data,
+            rows,
+            columns,
+        )
+        np.testing.assert_array_equal(target[to_at], source[from_at].T)
 
 
 def values(dtype: str) -> Callable[..., np.ndarray]:

@@ -4,6 +4,7 @@ To add an operator, write its description in the module it belongs to; docs/oper
 """
 
 from apollo_fuse.operators import (
+    blocks,
     borders,
     elementwise,
     indexing,
@@ -23,6 +24,7 @@ __all__ = [
     "Opener",
     "Tensor",
     "Unsupported",
+    "blocks",
     "borders",
     "elementwise",
     "indexing",

@@ -1,0 +1,238 @@
+"""Operators on tensors in blocks of channels: reorders, what fuses with them, and factors written as convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from apollo_fuse import blocked
+from apollo_fuse.blocked import DOMAIN, block_size, whole_blocks
+from apollo_fuse.codegen.c import emit
+from apollo_fuse.operators import blocks
+from tests.fusing import Array, fuse_to_session
+from tests.interpreted import Kernels, candidates_of
+from tests.interpreter import Interpreter
+from tests.test_operators import Case, Dims, Table, check, fused, shapes, sized, values
+
+pytestmark = pytest.mark.skipif(block_size() < 2, reason="this onnxruntime has no blocked layout")
+
+ROWS = (4, 8, 12, 16, 20, 40, 48, 72, 136)
+"""Channels that onnxruntime's ReorderInput takes: multiples of 4."""
+CHANNELS = (1, 2, 3, 7, 17, 22, 30, *ROWS)
+
+
+def reorders() -> Table:
+    inputs: dict[str, tuple[str, Dims]] = {}
+    cases: list[Case] = []
+    for last in (0, 1):
+        for count in ROWS:
+            inputs[f"rows{count}_{last}"] = (
+                "float32",
+                ["n", "h", "w", count] if last else ["n", count, "h", "w"],
+            )
+            cases.append(Case("ReorderInput", f"rows{count}_{last}", {"channels_last": last}, DOMAIN))
+        for count in CHANNELS:
+            filled = whole_blocks(count, block_size())
+            inputs[f"blocks{filled}"] = ("float32", ["n", filled, "h", "w"])
+            attributes = {"channels": count, "channels_last": last}
+            cases.append(Case("ReorderOutput", f"blocks{filled}", attributes, DOMAIN))
+    return Table(inputs, cases)
+
+
+def scales() -> Table:
+    random = np.random.default_rng(0)
+    channels = 2 * block_size()
+    constants = {
+        "w": random.standard_normal((channels, 1, 1, 1)).astype(np.float32),
+        "b": random.standard_normal(channels).astype(np.float32),
+    }
+    once = {"group": channels, "kernel_shape": [1, 1]}
+    cases = [
+        Case("Conv", "x w", once, DOMAIN),
+        Case("Conv", "x w b", {**once, "strides": [1, 1], "pads": [0, 0, 0, 0]}, DOMAIN),
+        Case("Conv", "x w b y", {**once, "activation": "Relu"}, DOMAIN),
+        Case("Conv", "x w - y", once, DOMAIN),
+    ]
+    shape: Dims = ["n", channels, "h", "w"]
+    return Table({"x": ("float32", shape), "y": ("float32", shape)}, cases, constants)
+
+
+EXTENTS = (
+    {"n": 1, "h": 28, "w": 28},
+    {"n": 2, "h": 5, "w": 7},
+    {"n": 3, "h": 1, "w": 1},
+    {"n": 1, "h": 9, "w": 40},
+)
+
+
+def test_reorders(tmp_path: Path, cache: Path) -> None:
+    table = reorders()
+    model = fused(table, tmp_path, cache, shapes(sized(table, EXTENTS[1])))
+    for extents in EXTENTS:
+        check(model, sized(table, extents), exact=True)
+        check(model, sized(table, extents, special=True), exact=True)
+
+
+def test_factors_that_are_written_as_convolutions(tmp_path: Path, cache: Path) -> None:
+    table = scales()
+    model = fused(table, tmp_path, cache, shapes(sized(table, EXTENTS[1])))
+    for extents in EXTENTS:
+        check(model, sized(table, extents))
+
+
+@pytest.mark.parametrize(
+    ("weights", "attributes", "reason"),
+    [
+        ((0, 1, 3, 3), {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}, "a convolution"),
+        ((0, 1, 1, 1), {"kernel_shape": [1, 1], "strides": [2, 2]}, "a convolution with pads or strides"),
+        ((0, 1, 1, 1), {"kernel_shape": [1, 1], "activation": "Tanh"}, "Tanh behind it"),
+    ],
+)
+def test_what_is_more_than_a_factor_stays_with_onnxruntime(
+    weights: tuple[int, ...], attributes: dict[str, object], reason: str, tmp_path: Path, cache: Path
+) -> None:
+    channels = block_size()
+    array = np.ones((channels, *weights[1:]), np.float32)
+    case = Case("Conv", "x w", {"group": channels, **attributes}, DOMAIN)
+    model = Table({"x": ("float32", [1, channels, 4, 4])}, [case], {"w": array}).model()
+    result = fuse_to_session(model, tmp_path, cache)
+    assert "Conv" in result.unfused_nodes
+    assert [refused.evidence for refused in result.report.refused if refused.nodes == ("case0",)] == [reason]
+
+
+class Net:
+    """Operators one after the other, of the standard domain or on blocks."""
+
+    def __init__(self, shape: Dims) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+
+    def weight(self, array: Array) -> str:
+        name = f"w{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(array, name))
+        return name
+
+    def op(self, op_type: str, *operands: str, domain: str = "", **attributes: object) -> str:
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, operands, [name], name, domain=domain, **attributes))
+        return name
+
+    def model(self, *results: str) -> onnx.ModelProto:
+        outputs = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["a", "b", "c", "d"]) for name in results
+        ]
+        graph = helper.make_graph(self.nodes, "net", [self.x], outputs, self.weights)
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def shuffled(net: Net, x: str, channels: int, groups: int) -> str:
+    """The channels changed over between groups."""
+    extents = (0, groups, channels // groups, *IMAGE)
+    split = net.op("Reshape", x, net.weight(np.array(extents)))
+    mixed = net.op("Transpose", split, perm=[0, 2, 1, 3, 4])
+    return net.op("Reshape", mixed, net.weight(np.array([0, channels, *IMAGE])))
+
+
+IMAGE = (6, 11)
+
+
+@pytest.mark.parametrize("channels", [12, 16, 20, 48, 88, 136])
+def test_a_channel_shuffle_with_its_reorders_is_one_kernel(
+    channels: int, tmp_path: Path, cache: Path
+) -> None:
+    filled = whole_blocks(channels, block_size())
+    net = Net([2, filled, *IMAGE])
+    rows = net.op("ReorderOutput", "x", domain=DOMAIN, channels=channels, channels_last=0)
+    out = net.op("ReorderInput", shuffled(net, rows, channels, 4), domain=DOMAIN)
+    model = fuse_to_session(net.model(out), tmp_path, cache)
+    assert not model.unfused_nodes
+    assert len(model.report.kernels) == 1
+    check(model, {"x": values("float32", (2, filled, *IMAGE))}, exact=True)
+
+
+def test_a_shuffle_into_blocks_goes_from_memory_to_memory(tmp_path: Path, cache: Path) -> None:
+    net = Net([1, 2 * block_size(), *IMAGE])
+    out = net.op("ReorderInput", shuffled(net, "x", 2 * block_size(), 4), domain=DOMAIN)
+    (candidate,) = candidates_of(net.model(out), tmp_path)[1]
+    text = emit(candidate.group, candidate.name, "")
+    assert "af_transpose_at_32(out0" in text
+    assert "_tile" not in text
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_lies_between_reorders(seed: int, tmp_path: Path, cache: Path) -> None:
+    """Random operators on rows, some of whose results others need too, then blocks again, and operators on them."""
+    random = np.random.default_rng(seed)
+    channels = int(random.choice(ROWS[:-1]))
+    batch: str | int = random.choice(["n", 2])
+    filled = whole_blocks(channels, block_size())
+    net = Net([batch, filled, *IMAGE])
+    x = net.op("Relu", "x") if random.random() < 0.5 else "x"
+    x = net.op("ReorderOutput", x, domain=DOMAIN, channels=channels, channels_last=0)
+    needed: list[str] = []
+    for step in random.choice(["Sigmoid", "scale", "concat", "split", "shuffle", "twice", "needed"], 4):
+        match step:
+            case "scale":
+                x = net.op("Mul", x, net.weight(values("float32", (channels, 1, 1), seed)))
+            case "concat" if channels < 100:
+                x = net.op("Concat", x, net.op("Neg", x), axis=1)
+                channels *= 2
+            case "split" if channels % 8 == 0:
+                half = net.weight(np.array([channels // 2]))
+                x = net.op("Slice", x, net.weight(np.array([0])), half, net.weight(np.array([1])))
+                channels //= 2
+            case "shuffle":
+                x = shuffled(net, x, channels, 2)
+            case "twice":
+                x = net.op("Add", x, x)
+            case "needed":
+                x = net.op("Tanh", x)
+                needed.append(x)
+            case _:
+                x = net.op("Sigmoid", x)
+    x = net.op("ReorderInput", x, domain=DOMAIN)
+    needed.append(x)
+    if random.random() < 0.5:
+        needed.append(net.op("Exp", x))
+    model = fuse_to_session(
+        net.model(*dict.fromkeys(needed)), tmp_path, cache, shapes={"x": (2, filled, *IMAGE)}
+    )
+    assert not model.unfused_nodes
+    check(model, {"x": values("float32", (2, filled, *IMAGE), seed)})
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("channels", [16, 20, 28])
+def test_blocks_of_any_size(
+    channels: int, size: int, tmp_path: Path, interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that onnxruntime has on other machines too: here nothing but kernels can compute with them."""
+    for module in (blocked, blocks):
+        monkeypatch.setattr(module, "block_size", lambda: size)
+    filled = whole_blocks(channels, size)
+    net = Net([2, filled, *IMAGE])
+    rows = net.op("ReorderOutput", "x", domain=DOMAIN, channels=channels, channels_last=0)
+    out = net.op("ReorderInput", shuffled(net, rows, channels, 4), domain=DOMAIN)
+    clean, candidates = candidates_of(net.model(rows, out), tmp_path)
+    x = values("float32", (2, filled // size, *IMAGE, size))
+    found = Kernels(clean, candidates, interpreter).run(None, {"x": x.reshape(2, filled, *IMAGE)})
+    expected = x.transpose(0, 1, 4, 2, 3).reshape(2, filled, *IMAGE)[:, :channels]
+    np.testing.assert_array_equal(found[0], expected)
+    mixed = expected.reshape(2, 4, channels // 4, *IMAGE).swapaxes(1, 2).reshape(2, channels, *IMAGE)
+    mixed = np.pad(mixed, [(0, 0), (0, filled - channels), (0, 0), (0, 0)])
+    in_blocks = mixed.reshape(2, filled // size, size, *IMAGE).transpose(0, 1, 3, 4, 2)
+    np.testing.assert_array_equal(found[1], in_blocks.reshape(2, filled, *IMAGE))
