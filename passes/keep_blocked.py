@@ -147,6 +147,23 @@ class _Rewriting:
         for node in [node for node in self.graph if reorders(node, "ReorderOutput")]:
             if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
                 self.graph.remove(node, safe=True)
+        for value, form in self.blocked.items():
+            self._write_once(value, form)
+
+    def _write_once(self, value: ir.Value, form: _Blocked) -> None:
+        """Lets those that come behind the flat tensor, as a gate behind its pool, see that in the true shape.
+
+        No kernel can hold them together with what makes the tensor, which then is written in one shape only.
+        """
+        view = form.flat.producer() if form.flat is not None else None
+        if form.flat is None or form.true is None or view is None or form.true not in view.inputs:
+            return
+        behind = _behind(form.flat)
+        users = [(user, place) for user, place in form.true.uses() if user in behind]
+        if users:
+            again = self._reshape(form.flat, self._true_shape(value))
+            for user, place in users:
+                user.replace_input_with(place, again)
 
     # -- the forms of a tensor --------------------------------------------------------------
 
@@ -170,9 +187,11 @@ class _Rewriting:
         form = self._form(value)
         if form.true is None:
             assert form.flat is not None
-            blocks = whole_blocks(self._channels(value), self.block) // self.block
-            form.true = self._reshape(form.flat, [0, blocks, 0, 0, self.block])
+            form.true = self._reshape(form.flat, self._true_shape(value))
         return form.true
+
+    def _true_shape(self, value: ir.Value) -> list[int]:
+        return [0, whole_blocks(self._channels(value), self.block) // self.block, 0, 0, self.block]
 
     def _gate(self, value: ir.Value) -> ir.Value:
         """The true shape of a tensor that holds one element a channel, [C, 1, 1] or [N, C, 1, 1]."""
@@ -245,6 +264,17 @@ class _Rewriting:
         """A name that is not taken."""
         self.count += 1
         return f"{base}_blocked_{self.count}"
+
+
+def _behind(value: ir.Value) -> set[ir.Node]:
+    """The nodes that cannot be computed before the value."""
+    found: set[ir.Node] = set()
+    front = [value]
+    while front:
+        new = {user for user, _ in front.pop().uses()} - found
+        found |= new
+        front += [output for user in new for output in user.outputs]
+    return found
 
 
 def _copied(node: ir.Node) -> dict[str, ir.Attr]:

@@ -160,6 +160,20 @@ def test_pools_that_make_images_smaller_do_so_in_blocks(tmp_path: Path, channels
     assert_cut_computes(model, blocked)
 
 
+def test_what_is_needed_flat_and_in_its_true_shape_is_written_flat(tmp_path: Path) -> None:
+    """The gate, which no kernel can hold beside what it is made from, sees the flat tensor through a view."""
+    net = Net(2 * block_size())
+    x = net.graph.op("Sub", net.weight(net.channels, 1, 1), net.start())
+    gate = net.convolution(net.graph.op("GlobalAveragePool", x))
+    model = net.finish(net.graph.op("Mul", x, net.graph.op("Tanh", gate)))
+    blocked = cut_blocked(model, tmp_path)
+    made, gated = (next(n for n in blocked.clean.graph if n.op_type == name) for name in ("Sub", "Mul"))
+    (view,) = {user for user, _ in made.outputs[0].uses()}
+    again = next(v.producer() for v in gated.inputs if v.producer().inputs[0] in view.outputs)
+    assert view.op_type == again.op_type == "Reshape"
+    assert_cut_computes(model, blocked)
+
+
 def test_what_is_undefined_at_zero_stays_in_rows_where_channels_do_not_fill_blocks(tmp_path: Path) -> None:
     for channels, reorders in ((block_size() * 2, 0), (block_size() + 4, 1)):
         net = Net(channels)
