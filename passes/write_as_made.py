@@ -12,18 +12,38 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from apollo_fuse.expressions import Block, Load
+from apollo_fuse.expressions import Block, Instruction, Load
 from apollo_fuse.graph import Pattern, Primitive, Value
 from apollo_fuse.index import delinearise, divides_a_sum, linearise
+from apollo_fuse.passes.access_composition import point_of
 
 
 def write_as_made(primitives: Sequence[Primitive], results: frozenset[str]) -> tuple[Primitive, ...]:
-    """The primitives with each such result written so, where nothing else here reads it."""
+    """The primitives with each such result written so, where nothing else here has to read it.
+
+    What reads it through the opposite view, a pool in blocks say, reads the source instead.
+    """
+    primitives = _seen_through(primitives)
     readers = Counter(name for p in primitives for name in {load.tensor for load in p.block.loads})
     for view in primitives:
         if view.output.name in results and not readers[view.output.name]:
             primitives = _written(view, primitives, results, readers)
     return tuple(primitives)
+
+
+def _seen_through(primitives: Sequence[Primitive]) -> Sequence[Primitive]:
+    made = {p.output.name for p in primitives}
+    views = {p.output.name: p for p in primitives if _mixes(p) and p.block.loads[0].tensor in made}
+
+    def source(item: Instruction) -> Instruction:
+        if not isinstance(item, Load) or item.tensor not in views:
+            return item
+        view = views[item.tensor]
+        at, load = point_of(view, item.indices), view.block.loads[0]
+        indices = tuple(index.substitute(at) for index in load.indices)
+        return item if any(map(divides_a_sum, indices)) else source(replace(load, indices=indices))
+
+    return [replace(p, block=Block(tuple(map(source, p.block.instructions)))) for p in primitives]
 
 
 def _written(

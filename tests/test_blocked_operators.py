@@ -17,7 +17,7 @@ from apollo_fuse.operators import blocks
 from tests.fusing import Array, fuse_to_session
 from tests.interpreted import Kernels, candidates_of
 from tests.interpreter import Interpreter
-from tests.test_operators import Case, Dims, Table, check, fused, shapes, sized, values
+from tests.test_operators import Case, Dims, Table, check, check_reduced, fused, shapes, sized, values
 
 pytestmark = pytest.mark.skipif(block_size() < 2, reason="this onnxruntime has no blocked layout")
 
@@ -42,6 +42,11 @@ def reorders() -> Table:
             attributes = {"channels": count, "channels_last": last}
             cases.append(Case("ReorderOutput", f"blocks{filled}", attributes, DOMAIN))
     return Table(inputs, cases)
+
+
+def pools() -> Table:
+    inputs: dict[str, tuple[str, Dims]] = {"x": ("float32", ["n", 2 * block_size(), "h", "w"])}
+    return Table(inputs, [Case(op, "x", domain=DOMAIN) for op in ("GlobalAveragePool", "GlobalMaxPool")])
 
 
 def scales() -> Table:
@@ -76,6 +81,28 @@ def test_reorders(tmp_path: Path, cache: Path) -> None:
     for extents in EXTENTS:
         check(model, sized(table, extents), exact=True)
         check(model, sized(table, extents, special=True), exact=True)
+
+
+def test_pools(tmp_path: Path, cache: Path) -> None:
+    table = pools()
+    model = fused(table, tmp_path, cache, shapes(sized(table, EXTENTS[1])))
+    for extents in EXTENTS:
+        check_reduced(model, sized(table, extents))
+
+
+def test_a_pool_is_one_kernel_with_what_it_pools(tmp_path: Path, cache: Path) -> None:
+    """Between views of open extents, and with the tensor itself, which a gate needs later."""
+    block = block_size()
+    net = Net(["n", 2 * block, "h", "w"])
+    true = net.op("Reshape", "x", net.weight(np.array([0, 2, 0, 0, block])))
+    moved = net.op("Tanh", net.op("Add", true, net.weight(values("float32", (2, 1, 1, block)))))
+    flat = net.op("Reshape", moved, net.weight(np.array([0, 2 * block, 0, 0])))
+    pooled = net.op("GlobalAveragePool", flat, domain=DOMAIN)
+    shape = (2, 2 * block, *IMAGE)
+    model = fuse_to_session(net.model(flat, pooled), tmp_path, cache, shapes={"x": shape})
+    assert not model.unfused_nodes
+    assert len(model.report.kernels) == 1
+    check_reduced(model, {"x": values("float32", shape)})
 
 
 def test_factors_that_are_written_as_convolutions(tmp_path: Path, cache: Path) -> None:

@@ -36,6 +36,7 @@ def every_table() -> Iterator[Table]:
     yield transformers.bits("float32")
     yield blocked.reorders()
     yield blocked.scales()
+    yield blocked.pools()
 
 
 def test_every_description_stands_in_a_table() -> None:

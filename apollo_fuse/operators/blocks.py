@@ -1,4 +1,4 @@
-"""onnxruntime's operators on blocked tensors (see `apollo_fuse/blocked.py`) that move or scale elements.
+"""onnxruntime's operators on blocked tensors (`apollo_fuse/blocked.py`) that move, scale or pool elements.
 
 A blocked tensor has the shape [N, C, H, W] in the graph, and [N, C / block, H, W, block] in memory: a view
 between the two moves nothing, and behind it a reorder is a transpose.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from apollo_fuse.blocked import DOMAIN, block_size
+from apollo_fuse.expressions import Op
 from apollo_fuse.graph import Shape
 from apollo_fuse.index import ONE, ZERO, Index
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
@@ -99,6 +100,17 @@ def scale(o: Opener) -> Tensor:
         case activation:
             raise Unsupported(f"{activation} behind it")
     return result.reshape(x.shape)
+
+
+@operator("GlobalAveragePool", "GlobalMaxPool", domain=DOMAIN)
+def global_pool(o: Opener) -> Tensor:
+    x = o.tensor(0)
+    batch, filled, height, width = _sizes(x)
+    block = Index.of(block_size())
+    blocks = x.reshape((batch, filled // block, height, width, block))
+    averages = o.node.op_type == "GlobalAveragePool"
+    pooled = blocks.mean((2, 3)) if averages else blocks.reduce(Op.MAX, (2, 3))
+    return pooled.reshape((batch, filled, ONE, ONE))
 
 
 def _channels_last(axes: tuple[Index, Index, Index, Index], last: bool) -> tuple[Index, Index, Index, Index]:
