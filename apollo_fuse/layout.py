@@ -22,6 +22,7 @@ from apollo_fuse.branches import take_decided_branches
 from apollo_fuse.graph import Refused
 from apollo_fuse.passes.keep_blocked import KeepBlocked
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
+from apollo_fuse.shape_nodes import remove_known_shapes
 from apollo_fuse.symbolic import infer_shapes, values_of
 from apollo_fuse.tolerance import Array
 
@@ -57,7 +58,8 @@ def cut(clean: ir.Model, layout: Layout) -> Cut:
 
     Behind all optimisations it is changed, too, to keep tensors in blocks.
     """
-    take_decided_branches(clean, lambda model: _annotated(model, ()).model)
+    take_decided_branches(clean, _with_shapes)
+    remove_known_shapes(clean, _with_shapes)
     first = _annotated(clean, ())
     if layout is Layout.PORTABLE:
         return first
@@ -103,6 +105,10 @@ def made_for_text(model: ir.Model) -> str:
     if all(node.domain != DOMAIN for node in model.graph.all_nodes()):
         return version
     return f"{version} and processors with blocks of {block_size()} channels"
+
+
+def _with_shapes(model: ir.Model) -> ir.Model:
+    return _annotated(model, ()).model
 
 
 def _annotated(clean: ir.Model, refused: tuple[Refused, ...]) -> Cut:
