@@ -24,11 +24,12 @@ from apollo_fuse.doubles import in_doubles
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.expressions import Apply, Block, Op
 from apollo_fuse.fusion import Candidate
+from apollo_fuse.gpu_worth import pays_on
 from apollo_fuse.graph import Pattern
 from apollo_fuse.machine import Machine
 from apollo_fuse.measure import interleaved, session_options
 from apollo_fuse.options import Options
-from apollo_fuse.predicted import predicted
+from apollo_fuse.predicted import extents_of, predicted
 from apollo_fuse.region import extract, region_inputs, relocated, swap
 from apollo_fuse.stitching import Swap
 from apollo_fuse.tolerance import Array, Doubles
@@ -142,11 +143,13 @@ def judge(
     if not edges.passed:
         return Judgement(edges, None, None, f"does not verify on edge values: {edges.problem}")
     verdict = verdict.joined(edges)
-    before, after = predicted(candidate, alone.operators(), arrays, machine, options.threads)
+    operators = alone.operators()
+    before, after = predicted(candidate, operators, arrays, machine, options.threads)
     if not_alone:
         return Judgement(verdict, None, None, not_alone, before, after)
     if not options.measure:
-        loses = after >= before and not options.fuse_all
+        on_gpus = pays_on(options.gpus, operators, (candidate.group, extents_of(candidate, arrays)))
+        loses = after >= before and not options.fuse_all and not on_gpus
         reason = _PREDICTED.format(after * 1e6, before * 1e6) if loses else ""
         return Judgement(verdict, None, None, reason, before, after)
     nodes = context(candidate)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from apollo_fuse.codegen.launches import GpuCode, Kinds, Variant, gpu_form
-from apollo_fuse.codegen.stitched import runs, writer, writes
+from apollo_fuse.codegen.launches import GpuCode, Variant, gpu_form
+from apollo_fuse.codegen.stitched import Kinds, runs, writer, writes
 from apollo_fuse.codegen.triton.compile import Binary, Job, compile_kernels
 from apollo_fuse.codegen.triton.emit import Launch, Program, emit, emit_stitched
-from apollo_fuse.cold import ColdTraffic, cold_traffic
-from apollo_fuse.cost import cost_of_stitch, taken
+from apollo_fuse.cold import cold_traffic
+from apollo_fuse.cost import Cost, cost_of_stitch, taken
 from apollo_fuse.cpu import default_threads
 from apollo_fuse.fusion import Candidate
 from apollo_fuse.gpu import GpuTarget
 from apollo_fuse.gpu_tiles import extents_of, group_of, tiled
-from apollo_fuse.gpu_trials import Compiled, best_of, block_of
+from apollo_fuse.gpu_trials import best_of, block_of
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import Symbol
 from apollo_fuse.kernel import KernelGroup
@@ -63,9 +63,7 @@ def on_gpus(
     alone: dict[GpuTarget, dict[str, list[Binary]]] = {}
     for gpu in options.gpus:
         alone[gpu] = {}
-        for (candidate, program), kernels in zip(jobs, best_of(jobs, gpu, sizes, options), strict=True):
-            cold = cold_traffic(candidate.group, program.launches, extents_of(candidate, sizes), gpu.machine)
-            reports[candidate.variant][str(gpu)] = _report(kernels, gpu, [cold])
+        for (candidate, _), kernels in zip(jobs, best_of(jobs, gpu, sizes, options), strict=True):
             alone[gpu][candidate.variant] = [x.binary for x in kernels]
     launches = {candidate.name: program.launches for candidate, program in jobs}
     variants: dict[str, list[Variant]] = {name: [] for name in launches}
@@ -74,15 +72,15 @@ def on_gpus(
         extents = tuple(own.get(extent.symbol, 0) for extent in candidate.group.extents)
         binaries = {gpu: alone[gpu][candidate.variant] for gpu in options.gpus}
         variants[candidate.name].append(Variant(extents, binaries))
-    joined = [
-        replace(x, members=tuple(replace(member, group=groups[member.name]) for member in x.members))
-        for x in stitches
-        if all(member.name in launches for member in x.members)
-    ]
-    stitched = _stitched(joined, launches, options)
-    for x in joined:
-        reports[x.variant] = {
-            str(gpu): _report_of_stitch(x, launches, alone[gpu], stitched.binaries, gpu, sizes)
+    nodes = [_Node(candidate.name, candidate.variant, (candidate,)) for candidate, _ in jobs]
+    for x in stitches:
+        if all(member.name in launches for member in x.members):
+            members = tuple(replace(member, group=groups[member.name]) for member in x.members)
+            nodes.append(_Node(x.name, x.variant, members))
+    stitched = _stitched(nodes, launches, options)
+    for node in nodes:
+        reports[node.variant] = {
+            str(gpu): _report(node, launches, alone[gpu], stitched.binaries, gpu, sizes)
             for gpu in options.gpus
         }
     forms = {
@@ -102,6 +100,19 @@ def _texts(candidates: Iterable[Candidate], programs: Iterable[tuple[Candidate, 
 
 
 @dataclass(frozen=True, slots=True)
+class _Node:
+    """A kernel as a node of the model, or what several are as one."""
+
+    name: str
+    variant: str
+    members: tuple[Candidate, ...]
+
+    @property
+    def ops(self) -> list[str]:
+        return [member.name for member in self.members]
+
+
+@dataclass(frozen=True, slots=True)
 class _Stitched:
     """Kernels that share launches: their binaries, what writes their tables, and texts by file name."""
 
@@ -111,21 +122,21 @@ class _Stitched:
 
 
 def _stitched(
-    stitches: Iterable[Stitch], launches: Mapping[str, Sequence[Launch]], options: Options
+    nodes: Iterable[_Node], launches: Mapping[str, Sequence[Launch]], options: Options
 ) -> _Stitched:
-    """What the launches that the stitches share take, each distinct one once."""
+    """What the launches take that kernels of a node share, each distinct one once."""
     programs: dict[Kinds, Program] = {}
     texts: dict[str, str] = {}
-    for x in stitches:
-        names = [member.name for member in x.members]
-        groups = {member.name: member.group for member in x.members}
-        for number, run in enumerate(runs(names, launches)):
+    for node in nodes:
+        groups = {member.name: member.group for member in node.members}
+        for number, run in enumerate(runs(node.ops, launches)):
             if len(run.members) == 1:
                 continue
-            kinds = run.kinds(names), run.kernel
+            kinds = run.kinds(node.ops)
             if kinds not in programs:
-                programs[kinds] = emit_stitched([(name, groups[name], run.kernel) for name in kinds[0]])
-            texts[f"{x.name}.{number}.triton.py"] = programs[kinds].text
+                kernels, warps = kinds
+                programs[kinds] = emit_stitched([(name, groups[name], k) for name, k in kernels], warps)
+            texts[f"{node.name}.{number}.triton.py"] = programs[kinds].text
     binaries: dict[Kinds, dict[GpuTarget, Binary]] = {kinds: {} for kinds in programs}
     writers: dict[GpuTarget, Binary] = {}
     workers = options.threads or default_threads()
@@ -137,49 +148,43 @@ def _stitched(
     return _Stitched(binaries, writers, texts)
 
 
-def _report_of_stitch(
-    stitch: Stitch,
+def _report(
+    node: _Node,
     launches: Mapping[str, Sequence[Launch]],
     alone: Mapping[str, Sequence[Binary]],
     stitched: Mapping[Kinds, Mapping[GpuTarget, Binary]],
     target: GpuTarget,
     sizes: Mapping[Symbol, int],
 ) -> GpuReport:
-    """Those of a run: launches that members share, and those that write the table."""
-    names = [member.name for member in stitch.members]
-    shared = runs(names, launches)
-    started: list[Compiled] = []
+    """What a run launches, those that write the table included, and moves with cold caches."""
+    shared = runs(node.ops, launches)
+    costs: list[tuple[Binary, Cost]] = []
     for run in shared:
         taking: list[tuple[KernelGroup, Mapping[Symbol, int]]] = []
         rows: list[int] = []
-        for member in (stitch.members[place] for place in run.members):
-            kernel, extents = member.group.kernels[run.kernel], extents_of(member, sizes)
+        for place, number in run.members:
+            member = node.members[place]
+            kernel, extents = member.group.kernels[number], extents_of(member, sizes)
             if kernel in taken(member.group, extents):
                 taking.append((group_of(member.group, kernel), extents))
-                rows.append(launches[member.name][run.kernel].rows)
+                rows.append(launches[member.name][number].rows)
         if len(run.members) > 1:
-            binary = stitched[run.kinds(names), run.kernel][target]
+            binary = stitched[run.kinds(node.ops)][target]
         else:
-            binary = alone[stitch.members[run.members[0]].variant][run.kernel]
+            ((place, number),) = run.members
+            binary = alone[node.members[place].variant][number]
         if taking:
-            block = block_of(binary)
-            started.append(Compiled(binary, cost_of_stitch(taking, target.machine, block=block, rows=rows)))
+            cost = cost_of_stitch(taking, target.machine, block=block_of(binary), rows=rows)
+            costs.append((binary, cost))
     cold = [
-        cold_traffic(x.group, launches[x.name], extents_of(x, sizes), target.machine) for x in stitch.members
+        cold_traffic(x.group, launches[x.name], extents_of(x, sizes), target.machine) for x in node.members
     ]
-    return _report(started, target, cold, writes(shared, names, launches))
-
-
-def _report(
-    kernels: Sequence[Compiled], target: GpuTarget, cold: Sequence[ColdTraffic], writes: int = 0
-) -> GpuReport:
-    """What a run launches, and moves with `cold` caches; `writes` launches more only write a table."""
+    writing = writes(shared, node.ops, launches)
     machine = target.machine
     assert machine.gpu is not None
-    costs = [(x.binary, x.cost) for x in kernels if x.cost is not None]
     longest, _ = max(costs, key=lambda x: x[1].seconds)
     return GpuReport(
-        launches=len(costs) + writes,
+        launches=len(costs) + writing,
         registers=max(binary.registers for binary, _ in costs),
         spills=sum(binary.spills for binary, _ in costs),
         shared_bytes=max(binary.shared_bytes for binary, _ in costs),
@@ -188,6 +193,6 @@ def _report(
         dram_bytes=sum(cost.moved[machine.levels[-1].name] for _, cost in costs),
         cold_bytes=sum(traffic.moved for traffic in cold),
         compulsory_bytes=sum(traffic.compulsory for traffic in cold),
-        predicted_us=(sum(cost.seconds for _, cost in costs) + writes * machine.node) * 1e6,
+        predicted_us=(sum(cost.seconds for _, cost in costs) + writing * machine.node) * 1e6,
         binary_bytes=sum({binary.path: binary.bytes for binary, _ in costs}.values()),
     )

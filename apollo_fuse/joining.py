@@ -14,6 +14,7 @@ from apollo_fuse.capture import Captures, capture
 from apollo_fuse.cost import cost_of_stitch
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.fusion import Candidate
+from apollo_fuse.gpu_worth import pay_together_on
 from apollo_fuse.machine import Machine
 from apollo_fuse.measure import interleaved
 from apollo_fuse.options import Options
@@ -82,16 +83,20 @@ def _unit(candidate: Candidate, judgement: Judgement) -> Unit:
 
 @dataclass(frozen=True, slots=True)
 class _Prediction:
-    """Seconds of the kernels together, of the better way for each apart, and of onnxruntime alone."""
+    """Seconds of the kernels together, of the better way for each apart, and of onnxruntime alone.
+
+    on_gpus: whether together they win on all the GPUs that decide.
+    """
 
     together: float
     apart: float
     unfused: float
+    on_gpus: bool
 
     @property
     def gains(self) -> bool:
         """Whether it is worth a measurement, or without one worth doing."""
-        return self.together < WINS * min(self.apart, self.unfused)
+        return self.on_gpus or self.together < WINS * min(self.apart, self.unfused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,4 +147,5 @@ class _Judge:
             j.predicted if j.accepted and j.predicted is not None else before
             for j, before in zip(known, unfused, strict=True)
         ]
-        return _Prediction(together, sum(apart), sum(unfused))
+        gpus = () if self.options.measure else self.options.gpus
+        return _Prediction(together, sum(apart), sum(unfused), pay_together_on(gpus, groups))

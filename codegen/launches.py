@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import index_checks, item_count, names_in, unpack
-from apollo_fuse.codegen.stitched import runs
+from apollo_fuse.codegen.stitched import Kinds, runs
 from apollo_fuse.codegen.table import Node, listed
 from apollo_fuse.codegen.triton.compile import Binary
 from apollo_fuse.codegen.triton.emit import Launch
@@ -34,10 +33,6 @@ class GpuForm:
     on_host: frozenset[int]
     on_device: frozenset[int]
     launches: tuple[Launch, ...] = ()
-
-
-Kinds: TypeAlias = tuple[tuple[str, ...], int]
-"""Kernels that share a launch: the names of their groups, and which kernel of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +123,16 @@ def gpu_table(nodes: Sequence[Node], code: GpuCode) -> str:
         for place, run in enumerate(runs(node.ops, launches)):
             kinds = run.kinds(node.ops)
             own = f"{number}_{place}"
-            of_members = listed(kinds.index(node.ops[member]) for member in run.members)
-            binaries = stitched[kinds, run.kernel] if len(run.members) > 1 else "NULL"
+            kernels, _ = kinds
+            of_members = [kernels.index((node.ops[member], kernel)) for member, kernel in run.members]
+            binaries = stitched[kinds] if len(run.members) > 1 else "NULL"
             lines += [
-                f"static const int32_t members_{own}[] = {{{listed(run.members)}}};",
-                f"static const int32_t kinds_{own}[] = {{{of_members}}};",
+                f"static const int32_t members_{own}[] = {{{listed(member for member, _ in run.members)}}};",
+                f"static const int32_t kernels_{own}[] = {{{listed(kernel for _, kernel in run.members)}}};",
+                f"static const int32_t kinds_{own}[] = {{{listed(of_members)}}};",
             ]
-            starts.append(f"{{{run.kernel}, {len(run.members)}, members_{own}, kinds_{own}, {binaries}}}")
+            arrays = f"members_{own}, kernels_{own}, kinds_{own}"
+            starts.append(f"{{{len(run.members)}, {arrays}, {binaries}}}")
         lines.append(f"static const af_run runs_{number}[] = {{{listed(starts)}}};")
         entries.append(f"{{ops_{number}, on_host_{number}, {len(starts)}, runs_{number}}}")
     lines.append(f"const af_gpu_node af_gpu_nodes[] = {{{listed(entries)}}};")

@@ -1,16 +1,19 @@
-"""Members of a stitch that share launches on a GPU (Layer III), and the table that tells them apart.
+"""Kernels that share launches on a GPU (Layer III), and the table that tells them apart.
 
-Kernels of a level that have blocks of equally many threads are one launch, of which each member has a
-range of programs: few launches, however many tensors there are, and no kernel has threads that it has no
-use for.  The arguments of all members are more than a launch can carry, so they lie in a table, in memory
-that onnxruntime gives for the run.  Launches of a kernel that does nothing else carry them there, as
-arguments by value: a captured graph keeps those, and no host memory has to outlive the run.
+Kernels that do not need each other, of one op or of the members of a stitch, are one launch where their
+blocks have equally many threads.  Each has a range of programs: few launches, however many tensors there are.
+Where programs are few, idle threads matter less than a launch.  The arguments of all members are more than a
+launch can carry, so they lie in a table, in memory that onnxruntime gives for the run.  Launches of a kernel
+that does nothing else carry them there, as arguments by value: a captured graph keeps those, and no host
+memory has to outlive the run.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from apollo_fuse.codegen.triton.compile import Job
 from apollo_fuse.codegen.triton.emit import Launch
@@ -23,46 +26,70 @@ WRITTEN = 480
 """Values that one launch writes to the table: of 4 KiB of arguments, which every device takes, almost all."""
 
 
+_FEW = 4096
+"""Warps that do not fill a GPU, so that it is of no matter how many threads of them are idle."""
+
+Kinds: TypeAlias = tuple[tuple[tuple[str, int], ...], int]
+"""Kernels that share a launch, each by its group's name and its place there, and the warps of all blocks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Kernels of a node that are one launch: the one at place `kernel` of each of these of its ops."""
+    """Kernels of a node that are one launch: each by the place of its op, and its own place there."""
 
-    kernel: int
-    members: tuple[int, ...]
+    members: tuple[tuple[int, int], ...]
+    warps: int
 
-    def kinds(self, ops: Sequence[str]) -> tuple[str, ...]:
-        """The distinct ops among the members, which follow each other."""
-        return tuple(dict.fromkeys(ops[place] for place in self.members))
+    def kinds(self, ops: Sequence[str]) -> Kinds:
+        """The distinct kernels among the members, which follow each other."""
+        return tuple(dict.fromkeys((ops[place], kernel) for place, kernel in self.members)), self.warps
 
 
 def runs(ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> tuple[Run, ...]:
     """The launches of a node: shared ones where those are fewer, with those that write the table."""
     shared = tuple(_shared(ops, launches))
-    alone = tuple(Run(run.kernel, (place,)) for run in shared for place in run.members)
-    return shared if len(shared) + writes(shared, ops, launches) < len(alone) else alone
+    alone = tuple(Run((member,), run.warps) for run in shared for member in run.members)
+    taken = sum(max(Counter(launch.form for launch in launches[name]).values()) for name in ops)
+    return shared if len(shared) + writes(shared, ops, launches) < taken else alone
 
 
 def _shared(ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> Iterator[Run]:
-    """The first kernels of all ops, then the second ones, as on the CPU."""
+    """Those of the first stage of all ops, then of the second one."""
     kind = {name: number for number, name in enumerate(dict.fromkeys(ops))}
-    for stage in range(max(len(launches[name]) for name in ops)):
-        by_warps: dict[int, list[int]] = {}
-        for place, name in enumerate(ops):
-            if stage < len(launches[name]):
-                by_warps.setdefault(launches[name][stage].warps, []).append(place)
-        for places in by_warps.values():
-            places.sort(key=lambda place: kind[ops[place]])
-            for start in range(0, len(places), MEMBERS):
-                yield Run(stage, tuple(places[start : start + MEMBERS]))
+    every = [(place, kernel) for place, name in enumerate(ops) for kernel in range(len(launches[name]))]
+    of = {(place, kernel): launches[ops[place]][kernel] for place, kernel in every}
+    for stage in range(1 + max(launch.stage for launch in of.values())):
+        here = [member for member in every if of[member].stage == stage]
+        by_warps = _by_warps({member: of[member] for member in here})
+        for warps, members in by_warps.items():
+            members.sort(key=lambda member: (kind[ops[member[0]]], member[1]))
+            for start in range(0, len(members), MEMBERS):
+                yield Run(tuple(members[start : start + MEMBERS]), warps)
+
+
+def _by_warps(launches: Mapping[tuple[int, int], Launch]) -> dict[int, list[tuple[int, int]]]:
+    """The kernels by the warps of blocks; those of few programs take the nearest that others have."""
+    taken = {launch.warps for launch in launches.values() if not _is_small(launch)}
+    taken = taken or {max(launch.warps for launch in launches.values())}
+    found: dict[int, list[tuple[int, int]]] = {}
+    for member, launch in launches.items():
+        nearest = min(taken, key=lambda warps: max(warps, launch.warps) / min(warps, launch.warps))
+        found.setdefault(nearest, []).append(member)
+    return found
+
+
+def _is_small(launch: Launch) -> bool:
+    known = launch.items.constant
+    return known is not None and -(-known // launch.rows) * launch.warps <= _FEW
 
 
 def writes(shared: Sequence[Run], ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> int:
     """Launches that write the table of a node."""
     values = sum(
-        2 + launches[ops[place]][run.kernel].width
+        2 + launches[ops[place]][kernel].width
         for run in shared
         if len(run.members) > 1
-        for place in run.members
+        for place, kernel in run.members
     )
     return -(-values // WRITTEN)
 

@@ -284,16 +284,16 @@ def expected(
     yield from [Start("write", WRITER.text, 1, ())] * writes(found, names, launches)
     groups = {member.name: member.group for member in every}
     for run in found:
-        starts = [
-            _start(every[place], launches[names[place]][run.kernel], inputs[place]) for place in run.members
-        ]
+        starts = [_start(every[p], launches[names[p]][kernel], inputs[p]) for p, kernel in run.members]
         total = sum(programs for programs, _ in starts)
         if total and len(run.members) > 1:
-            stitched = emit_stitched([(name, groups[name], run.kernel) for name in run.kinds(names)])
+            kernels, warps = run.kinds(names)
+            stitched = emit_stitched([(name, groups[name], kernel) for name, kernel in kernels], warps)
             yield Start("stitch", stitched.text, total, (len(run.members),))
         elif total:
-            name = names[run.members[0]]
-            yield Start(launches[name][run.kernel].kernel, programs[name].text, total, starts[0][1])
+            ((place, kernel),) = run.members
+            name = names[place]
+            yield Start(launches[name][kernel].kernel, programs[name].text, total, starts[0][1])
 
 
 def _start(candidate: Candidate, launch: Launch, inputs: Sequence[Array]) -> tuple[int, tuple[int, ...]]:

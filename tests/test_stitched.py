@@ -16,10 +16,11 @@ from apollo_fuse import Options, fuse
 from apollo_fuse.codegen.stitched import MEMBERS, WRITTEN, Run, runs, writer, writes
 from apollo_fuse.codegen.triton.compile import Job, compile_kernels
 from apollo_fuse.codegen.triton.emit import Launch, emit_stitched
+from apollo_fuse.codegen.triton.stages import stages
 from apollo_fuse.gpu import KNOWN, GpuTarget
-from apollo_fuse.index import ONE
+from apollo_fuse.index import Index
 from apollo_fuse.passes.parallelism_stitching import ParallelismStitching
-from models import memory_bound
+from models import chains, memory_bound
 from tests.fusing import reference_session
 from tests.interpreted import candidates_of
 from tests.stub import Launched, Pretended, Process, Ran, Stub, fused, patched, run
@@ -147,19 +148,57 @@ def test_different_kernels_are_one_launch_and_keep_their_results(process: Proces
     assert launched(ran) == {"write": 1, "other": 2}
 
 
-def launch(name: str, tensors: int, warps: int = 1) -> Launch:
-    return Launch(name, tuple(f"in{k}" for k in range(tensors)), (), (), None, warps, 1, ONE, 0)
+JOINED = text_model(
+    "float[n, 6] x, float[n, 40] y, float[n, 200] z, float[n, 63] w",
+    "float[n, 309] all",
+    "a = Exp(x) all = Concat <axis = 1> (a, y, z, w)",
+)
+"""Rows that four tensors are parts of, each of which a kernel writes."""
+
+
+def test_kernels_of_one_op_that_write_parts_of_a_tensor_share_a_launch(
+    process: Process, tmp_path: Path
+) -> None:
+    ran = check(process, JOINED, feeds_of(JOINED, {0: (5, 6), 1: (5, 40), 2: (5, 200), 3: (5, 63)}), tmp_path)
+    assert launched(ran) == {"write": 1, "other": 1}
+
+
+def test_kernels_wait_for_what_they_read_and_forms_for_each_other(tmp_path: Path) -> None:
+    def found(model: onnx.ModelProto) -> list[tuple[int, ...]]:
+        return [stages(candidate.group) for candidate in candidates_of(model, tmp_path)[1]]
+
+    assert found(JOINED) == [(0, 0, 0, 0)]
+    assert found(memory_bound.softmax(1, 500_000)) == [(0, 1, 2, 3)]
+    assert found(chains.cross_entropy("rows", 1000)) == [(0, 1, 2, 3, 4)]  # two of one form, three of another
+
+
+def launch(name: str, tensors: int, warps: int = 1, stage: int = 0, items: int = 100_000) -> Launch:
+    own = tuple(f"in{k}" for k in range(tensors))
+    return Launch(name, own, (), (), None, warps, 1, Index.of(items), 0, stage)
 
 
 def test_kernels_of_a_stage_share_a_launch_where_their_blocks_are_as_large() -> None:
     launches = {
-        "a": [launch("k0", 2), launch("k1", 1)],
+        "a": [launch("k0", 2), launch("k1", 1, stage=1)],
         "b": [launch("k0", 2)],
         "c": [launch("k0", 2, warps=4)],
     }
     ops = ["a", "b", "c", "a", "c", "b"]
-    assert runs(ops, launches) == (Run(0, (0, 3, 1, 5)), Run(0, (2, 4)), Run(1, (0, 3)))
-    assert Run(0, (0, 3, 1, 5)).kinds(ops) == ("a", "b")
+    first = Run(((0, 0), (3, 0), (1, 0), (5, 0)), 1)
+    assert runs(ops, launches) == (first, Run(((2, 0), (4, 0)), 4), Run(((0, 1), (3, 1)), 1))
+    assert first.kinds(ops) == ((("a", 0), ("b", 0)), 1)
+
+
+def test_kernels_of_few_programs_take_the_blocks_of_others() -> None:
+    few = [launch("k0", 2, warps=4), launch("k1", 2, items=5), launch("k2", 2, warps=8, items=5)]
+    assert runs(["a"], {"a": few}) == (Run(((0, 0), (0, 1), (0, 2)), 4),)
+    assert runs(["a"], {"a": few[1:] * 2}) == (Run(((0, 0), (0, 1), (0, 2), (0, 3)), 8),)
+
+
+def test_kernels_of_a_form_that_does_not_run_save_no_launch() -> None:
+    one, *others = (launch(f"k{k}", 2) for k in range(3))
+    launches = {"a": [one, *(replace(x, form=1) for x in others)]}
+    assert all(len(run.members) == 1 for run in runs(["a"], launches))
 
 
 def test_a_launch_has_so_many_members_at_most() -> None:
@@ -168,7 +207,7 @@ def test_a_launch_has_so_many_members_at_most() -> None:
 
 
 def test_launches_are_shared_where_that_takes_fewer() -> None:
-    launches = {"a": [launch("k0", 2)], "b": [launch("k0", 2), launch("k1", WRITTEN)]}
+    launches = {"a": [launch("k0", 2)], "b": [launch("k0", 2), launch("k1", WRITTEN, stage=1)]}
 
     def alone(*ops: str) -> bool:
         return all(len(run.members) == 1 for run in runs(ops, launches))
@@ -188,7 +227,7 @@ def test_the_table_is_written_in_as_many_launches_as_its_values_take() -> None:
 @pytest.mark.parametrize("target", KNOWN, ids=str)
 def test_stitched_kernels_take_a_table(target: GpuTarget, tmp_path: Path) -> None:
     _, (candidate,) = candidates_of(memory_bound.softmax("rows", 64), tmp_path)
-    program = emit_stitched([(candidate.name, candidate.group, 0)])
+    program = emit_stitched([(candidate.name, candidate.group, 0)], 4)
     jobs = [Job(program.text, program.launches[0], {}), writer()]
     binary, table = compile_kernels(jobs, target, tmp_path, 2)
     if target.backend == "hip":

@@ -58,7 +58,7 @@ static OrtStatus *acquire_kernels(gpu_kernel *self, int device) {
   loaded_kernel **kernels = self->kernels;
   for (const af_run *run = gpu->runs; run < gpu->runs + gpu->run_count; run++, kernels += self->variant_count) {
     const af_gpu_op *first = gpu->ops[run->members[0]];
-    const af_launch *launch = &first->launches[run->kernel];
+    const af_launch *launch = &first->launches[run->kernels[0]];
     if (run->stitched) {
       if (!self->writer) RETURN_IF_FAILED(acquire(self->op, "write", af_writer, device, &self->writer));
       RETURN_IF_FAILED(acquire(self->op, "stitch", run->stitched, device, kernels));

@@ -47,14 +47,15 @@ typedef struct af_gpu_op {
   const int64_t *variants;
 } af_gpu_op;
 
-/* Kernels that are one launch: for some ops of the node the one at this place.
+/* Kernels that are one launch.
  *
  * Where there are several, they are the members of a function called `stitch`, whose arguments are the address of
  * a table and their number.  The table holds numbers of 64 bits: the first program of each member, then for each
  * where its arguments lie behind all of these, its kind in the upper half, then the arguments that each has alone. */
 typedef struct af_run {
-  int32_t kernel, count;
-  const int32_t *members;    /* places of the ops among the node's */
+  int32_t count;
+  const int32_t *members;    /* places of their ops among the node's; one may have several here */
+  const int32_t *kernels;    /* their places among those of the op */
   const int32_t *kinds;      /* for each member which kernel of the function it takes; they do not fall */
   const af_binary *stitched; /* NULL where there is one member, which is launched alone */
 } af_run;

@@ -8,7 +8,7 @@ static loaded_kernel *const *kernels_of(const call *self, const af_run *run) {
 }
 
 static const af_launch *launch_of(const custom_op *self, const af_run *run, int32_t member) {
-  return &self->gpu->ops[run->members[member]]->launches[run->kernel];
+  return &self->gpu->ops[run->members[member]]->launches[run->kernels[member]];
 }
 
 static int32_t width_of(const af_launch *launch) {

@@ -11,10 +11,11 @@ program looks up which member it is of and calls that one's kernel, which finds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apollo_fuse.codegen.triton import expressions as t
 from apollo_fuse.codegen.triton.blocks import BLOCK, local_values, rows_for, warps_for, with_folds_in_lanes
+from apollo_fuse.codegen.triton.stages import stages
 from apollo_fuse.codegen.triton.writer import NotEmitted, Writer
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import ONE, Index
@@ -39,6 +40,7 @@ class Launch:
     A program computes `rows` items, the last one maybe fewer.
     Its arguments are the addresses of `tensors` and of `scratch`, which has room for each program, then the
     `extents` as 64-bit integers. `block` is the length of BLOCK, None where the kernel has none.
+    Kernels of a group that have one `stage` can run side by side, behind those of the stages before.
     Where `stitched`, they lie in a table, and the arguments are its address and the number of members; the
     launches of those alone tell the rest.
     """
@@ -52,6 +54,7 @@ class Launch:
     rows: int
     items: Index
     form: int
+    stage: int = 0
     stitched: bool = False
 
     @property
@@ -72,21 +75,18 @@ def emit(group: KernelGroup, name: str, comment: str) -> Program | Refused:
     """The module for a group; `comment` says what it computes."""
     parts = [_HEAD.format(comment=comment)]
     launches: list[Launch] = []
-    for kernel in group.kernels:
+    for kernel, stage in zip(group.kernels, stages(group), strict=True):
         try:
             text, launch = _kernel(group, kernel)
         except NotEmitted as problem:
             return Refused((name,), RULE, problem.args[0], problem.args[1])
         parts.append(text)
-        launches.append(launch)
+        launches.append(replace(launch, stage=stage))
     return Program("\n\n".join(parts), tuple(launches))
 
 
-def emit_stitched(kernels: Sequence[tuple[str, KernelGroup, int]]) -> Program:
-    """The module for members of a stitch: of each kind its group by name, and which kernel of that.
-
-    Each of them has as many warps as all others.
-    """
+def emit_stitched(kernels: Sequence[tuple[str, KernelGroup, int]], warps: int) -> Program:
+    """The module for members of a stitch: of each kind its group by name, and which kernel of that."""
     parts = [_HEAD.format(comment=f"Of a stitch: {', '.join(name for name, _, _ in kernels)}")]
     lines = [
         "@triton.jit",
@@ -95,17 +95,22 @@ def emit_stitched(kernels: Sequence[tuple[str, KernelGroup, int]]) -> Program:
     ]
     for kind, (name, group, place) in enumerate(kernels):
         function = f"{name}_{group.kernels[place].name}".lower()
-        text, launch = _kernel(group, group.kernels[place], function)
+        text, launch = _kernel(group, group.kernels[place], function, warps)
         parts.append(text)
         block = "" if launch.block is None else f", {launch.block}"
         lines += [f"    if kind == {kind}:", f"        {function}(number, own{block})"]
     parts.append("\n".join(lines) + "\n")
-    shared = Launch("stitch", (), (), (), None, launch.warps, 1, ONE, 0, stitched=True)
+    shared = Launch("stitch", (), (), (), None, warps, 1, ONE, 0, stitched=True)
     return Program("\n\n".join(parts), (shared,))
 
 
-def _kernel(group: KernelGroup, kernel: Kernel, function: str = "") -> tuple[str, Launch]:
-    """The text of a kernel, or of a `function` for members of a stitch, and how a kernel is launched."""
+def _kernel(
+    group: KernelGroup, kernel: Kernel, function: str = "", warps: int | None = None
+) -> tuple[str, Launch]:
+    """The text of a kernel, or of a `function` for members of a stitch, and how a kernel is launched.
+
+    warps: those that its longest block suggests, unless given.
+    """
     kernel = with_folds_in_lanes(kernel)
     known = kernel.items.constant
     if known is not None and known >= _LARGE:
@@ -127,7 +132,7 @@ def _kernel(group: KernelGroup, kernel: Kernel, function: str = "") -> tuple[str
     tensors = tuple(v.name for v in every if v.name in used)
     extents = tuple(e.symbol.name for e in group.extents if e.symbol.name in writer.extents)
     block = BLOCK if writer.has_block else None
-    warps = warps_for(kernel, rows)
+    warps = warps or warps_for(kernel, rows)
     launch = Launch(kernel.name, tensors, scratch, extents, block, warps, rows, kernel.items, kernel.form)
     own = ("number", "own") if function else (*tensors, *(b.name for b in scratch), *extents)
     parameters = ", ".join((*own, *(() if block is None else ("BLOCK: tl.constexpr",))))
