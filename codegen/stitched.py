@@ -49,7 +49,7 @@ def runs(ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> tuple[
     """The launches of a node: shared ones where those are fewer, with those that write the table."""
     shared = tuple(_shared(ops, launches))
     alone = tuple(Run((member,), run.warps) for run in shared for member in run.members)
-    taken = sum(max(Counter(launch.form for launch in launches[name]).values()) for name in ops)
+    taken = sum(max(Counter(x.form for x in launches[name]).values(), default=0) for name in ops)
     return shared if len(shared) + writes(shared, ops, launches) < taken else alone
 
 
@@ -58,7 +58,7 @@ def _shared(ops: Sequence[str], launches: Mapping[str, Sequence[Launch]]) -> Ite
     kind = {name: number for number, name in enumerate(dict.fromkeys(ops))}
     every = [(place, kernel) for place, name in enumerate(ops) for kernel in range(len(launches[name]))]
     of = {(place, kernel): launches[ops[place]][kernel] for place, kernel in every}
-    for stage in range(1 + max(launch.stage for launch in of.values())):
+    for stage in range(1 + max((launch.stage for launch in of.values()), default=-1)):
         here = [member for member in every if of[member].stage == stage]
         by_warps = _by_warps({member: of[member] for member in here})
         for warps, members in by_warps.items():
