@@ -96,7 +96,7 @@ class TileAndMap:
         if unrolled is None and self._short(lane):
             longer = next((a for a in reversed(rest) if not self._short(a)), None)
             if longer is not None and not _fills_vectors(nests, lane, longer):
-                if (lane.extent.constant or 0) >= _VECTOR and _transposed(nests, longer, [lane]) is not None:
+                if _is_turned(nests, lane, longer):
                     lane = longer
                 else:
                     lane, unrolled = longer, lane
@@ -177,6 +177,13 @@ class TileAndMap:
                 if along is not None and along.is_one and around == axis.extent:
                     return axis
         return None
+
+
+def _is_turned(nests: Nests, short: Iterator, longer: Iterator) -> bool:
+    """Whether some accesses run along a short axis and others along a longer one: a tile, if a narrow one."""
+    known = short.extent.constant
+    runs = any(offset.coefficient(longer) == ONE for offset in nests.offsets())
+    return known is not None and known >= _VECTOR and runs and _transposed(nests, longer, [short]) is not None
 
 
 def _fills_vectors(nests: Nests, short: Iterator, longer: Iterator) -> bool:
