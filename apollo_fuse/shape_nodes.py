@@ -7,20 +7,18 @@ can say so with zeros, and nothing has to ask for them. Recurrent operators star
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from apollo_fuse.bodies import graphs, nodes
+from apollo_fuse.branches import Infer
 from apollo_fuse.graph import Value
 from apollo_fuse.index import Index
 from apollo_fuse.symbolic import values_of
 
-Infer: TypeAlias = Callable[[ir.Model], ir.Model]
-"""Gives a copy of a model with shapes; its nodes are in the same order."""
 _RECURRENT = {"GRU": (5,), "RNN": (5,), "LSTM": (5, 6)}
 """The operands that are the state to start from."""
 
