@@ -77,7 +77,7 @@ def models(draw: st.DrawFn, most_nodes: int = 10) -> RandomModel:
     shape = tuple(draw(st.lists(st.sampled_from(EXTENTS), min_size=1, max_size=3)))
     for _ in range(draw(st.integers(1, 2))):
         writer.input(shape)
-    steps = st.sampled_from((_unary, _unary, _binary, _binary, _reduce, _move, _softmax, _concat))
+    steps = st.sampled_from((_unary, _unary, _binary, _binary, _reduce, _move, _softmax, _concat, _slide))
     for _ in range(draw(st.integers(1, most_nodes))):
         draw(steps)(draw, writer)
     made = [node.output[0] for node in writer.nodes]
@@ -217,6 +217,22 @@ def _softmax(draw: st.DrawFn, writer: Writer) -> None:
     if shape:
         op = draw(st.sampled_from(("Softmax", "LogSoftmax")))
         writer.op(op, [x], shape, axis=draw(st.integers(0, len(shape) - 1)))
+
+
+def _slide(draw: st.DrawFn, writer: Writer) -> None:
+    """A window of three over the last axis, of which each channel has one by itself."""
+    images = [name for name, shape in writer.tensors.items() if len(shape) == 3 and shape[-1] > 1]
+    if not images:
+        return
+    x = draw(st.sampled_from(images))
+    shape = writer.tensors[x]
+    op = draw(st.sampled_from(("Conv", "MaxPool", "AveragePool")))
+    padded = {"kernel_shape": [3], "pads": [1, 1]}
+    if op != "Conv":
+        writer.op(op, [x], shape, **padded)
+    elif shape[1] not in writer.open_extents:
+        weights = writer.constant(np.linspace(-0.5, 1, 3 * shape[1], dtype=np.float32).reshape(-1, 1, 3))
+        writer.op(op, [x, weights], shape, group=shape[1], **padded)
 
 
 def _concat(draw: st.DrawFn, writer: Writer) -> None:
