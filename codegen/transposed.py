@@ -3,7 +3,8 @@
 A lane loop whose accesses jump from lane to lane gathers or scatters element by element, and where the jump
 is a power of two the elements of a tile push each other out of the cache.  Where the loop around the lanes
 runs along the memory of such an access, the tile lies turned in an array on the stack instead: what is read
-is moved there before the loop, what is written is moved from there behind it, and the lanes run along it.
+is moved there before the loop, what is written is moved from there behind it, and the lanes run along it.  A
+tile that is only moved goes straight from memory to memory.
 """
 
 from __future__ import annotations
