@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse.driver import fuse
+from apollo_fuse.layout import Layout, cut, load_clean_at
 from apollo_fuse.measure import session_options
 from apollo_fuse.options import InputShape, Options
 from apollo_fuse.report import Report
@@ -53,6 +55,22 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         for attribute in node.attribute:
             for body in (attribute.g, *attribute.graphs):
                 yield from nodes_of(body)
+
+
+def with_shapes(model: onnx.ModelProto, folder: Path) -> ir.Model:
+    """The clean model as it is partitioned: with what its shapes decide and state known."""
+    onnx.save(model, folder / "model.onnx")
+    clean = load_clean_at(folder / "model.onnx", Layout.PORTABLE, folder)
+    cut(clean, Layout.PORTABLE)
+    return clean
+
+
+def assert_computes_as(clean: ir.Model, model: onnx.ModelProto, *inputs: Array) -> None:
+    """Both give the same y for each x."""
+    expects, finds = (reference_session(m) for m in (model, ir.to_proto(clean)))
+    for x in inputs:
+        ((expected,), (found,)) = (run(session, {"x": x}) for session in (expects, finds))
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
 def fuse_to_session(

@@ -10,8 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from apollo_fuse.bodies import nodes
-from apollo_fuse.layout import Layout, cut, load_clean_at
-from tests.fusing import reference_session
+from tests.fusing import assert_computes_as, reference_session, with_shapes
 from tests.test_end_to_end import normal, text_model
 
 HIDDEN = 4
@@ -34,21 +33,8 @@ def either(condition: str, then: str, otherwise: str, name: str = "y") -> str:
     )
 
 
-def taken_in(model: onnx.ModelProto, folder: Path) -> ir.Model:
-    """The clean model once its decided branches are taken in."""
-    onnx.save(model, folder / "model.onnx")
-    clean = load_clean_at(folder / "model.onnx", Layout.PORTABLE, folder)
-    cut(clean, Layout.PORTABLE)
-    return clean
-
-
 def op_types(model: ir.Model) -> list[str]:
     return sorted(node.op_type for node in nodes(model.graph))
-
-
-def assert_same(model: onnx.ModelProto, clean: ir.Model, x: np.ndarray) -> None:
-    expected, found = (reference_session(m).run(["y"], {"x": x}) for m in (model, ir.to_proto(clean)))
-    np.testing.assert_array_equal(expected, found)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +43,9 @@ def assert_same(model: onnx.ModelProto, clean: ir.Model, x: np.ndarray) -> None:
 def test_an_extent_decides(wanted: str, kept: list[str], tmp_path: Path) -> None:
     choice = either("c", "p = Relu(x)", "n = Neg(x) q = Add(n, x)")
     model = model_of(f"s = Shape(x) e = Gather(s, first) c = Equal(e, {wanted}) {choice}")
-    clean = taken_in(model, tmp_path)
+    clean = with_shapes(model, tmp_path)
     assert op_types(clean) == kept
-    assert_same(model, clean, normal(2, 8, 3))
+    assert_computes_as(clean, model, normal(2, 8, 3))
 
 
 def test_what_a_branch_leaves_decides_about_others(tmp_path: Path) -> None:
@@ -71,23 +57,23 @@ def test_what_a_branch_leaves_decides_about_others(tmp_path: Path) -> None:
         + " t = Shape(v) k = Size(t) d = Greater(k, three) f = Not(d) "
         + either("f", "p = Exp(v)", f"n = Neg(v) {inner} q = Ceil(i)")
     )
-    clean = taken_in(model, tmp_path)
+    clean = with_shapes(model, tmp_path)
     assert op_types(clean) == ["Abs", "Ceil", "Identity", "Neg", "Unsqueeze"]
-    assert_same(model, clean, normal(2, 8, 3))
+    assert_computes_as(clean, model, normal(2, 8, 3))
 
 
 def test_a_result_that_is_an_input_keeps_its_name(tmp_path: Path) -> None:
     model = model_of(
         "s = Shape(x) e = Gather(s, first) c = Equal(e, two) " + either("c", "p = Identity(x)", "q = Neg(x)")
     )
-    clean = taken_in(model, tmp_path)
+    clean = with_shapes(model, tmp_path)
     assert set(op_types(clean)) == {"Identity"}
-    assert_same(model, clean, normal(2, 8, 3))
+    assert_computes_as(clean, model, normal(2, 8, 3))
 
 
 def test_a_condition_that_an_input_decides_stays(tmp_path: Path) -> None:
     model = model_of(either("c", "p = Relu(x)", "q = Neg(x)"), "float[N] x, bool c")
-    assert op_types(taken_in(model, tmp_path)) == ["If", "Neg", "Relu"]
+    assert op_types(with_shapes(model, tmp_path)) == ["If", "Neg", "Relu"]
 
 
 LSTM = f"h = Unsqueeze(v, first) m = LSTM <hidden_size = {HIDDEN}> (h, w, r) y = Tanh(m)"
@@ -96,9 +82,9 @@ IS_ONE = "s = Shape(x) e = Gather(s, last) c = Equal(e, one)"
 
 def test_an_extent_that_the_model_cannot_run_without_is_squeezed(tmp_path: Path) -> None:
     model = model_of(f"{IS_ONE} {either('c', 'p = Squeeze(x, last)', 'q = Identity(x)', 'v')} {LSTM}")
-    clean = taken_in(model, tmp_path)
+    clean = with_shapes(model, tmp_path)
     assert op_types(clean) == ["LSTM", "Squeeze", "Tanh", "Unsqueeze"]
-    assert_same(model, clean, normal(2, 8, 1))
+    assert_computes_as(clean, model, normal(2, 8, 1))
     for each in (model, ir.to_proto(clean)):
         with pytest.raises(Exception, match="Squeeze|LSTM"):  # a class of onnxruntime's for each status
             reference_session(each).run(None, {"x": normal(2, 8, 3)})
@@ -114,4 +100,4 @@ def test_an_extent_that_the_model_cannot_run_without_is_squeezed(tmp_path: Path)
 )
 def test_a_choice_between_two_ways_to_run_stays(then: str, behind: str, tmp_path: Path) -> None:
     model = model_of(f"{IS_ONE} {either('c', then, 'q = Identity(x)', 'v')} {behind}", "float[N, 8, L] x")
-    assert "If" in op_types(taken_in(model, tmp_path))
+    assert "If" in op_types(with_shapes(model, tmp_path))

@@ -6,6 +6,7 @@ To add an operator, write its description in the module it belongs to; docs/oper
 from apollo_fuse.operators import (
     blocks,
     borders,
+    depthwise,
     elementwise,
     indexing,
     movement,
@@ -26,6 +27,7 @@ __all__ = [
     "Unsupported",
     "blocks",
     "borders",
+    "depthwise",
     "elementwise",
     "indexing",
     "movement",

@@ -6,21 +6,20 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from collections.abc import Iterator as Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
 
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
 from apollo_fuse.graph import Shape
-from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum, non_negative, product
+from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum, non_negative
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
 from apollo_fuse.operators.quantized import MICROSOFT, numbers_at, rounded_to, scale_at, zero_at
 from apollo_fuse.operators.registry import operator
 
-_FEW_TAPS = 25
+FEW_TAPS = 25
 """Elements of a window that are read one by one; more are a loop."""
 _MOST_TAPS_IN_ORDER = 64
-_MOST_PADDED = 1.5  # elements of an image with what windows take beside it, for each of a result
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Window:
         return reached - skipped
 
 
-def _windows(o: Opener, x: Tensor, sizes: tuple[int, ...] = ()) -> tuple[Window, ...]:
+def windows_of(o: Opener, x: Tensor, sizes: tuple[int, ...] = ()) -> tuple[Window, ...]:
     """One for each axis behind batch and channels; `sizes` where the node need not say them."""
     sizes = o.numbers("kernel_shape", sizes)
     rank = len(sizes)
@@ -139,7 +138,7 @@ def _beyond(window: Window, axis: int, tap: int, at: Shape) -> Index:
 def _pooled(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window]) -> Tensor:
     """Each window's elements combined; those of a small one in one expression, for lanes side by side."""
     rank = len(x.shape)
-    if math.prod(w.size for w in windows) <= _FEW_TAPS:
+    if math.prod(w.size for w in windows) <= FEW_TAPS:
         taps = (tap.cast(x.dtype.compute) for tap in _taps(x, op, outside, windows))
         return reduce(partial(x.opener.apply, op), taps).cast(x.dtype)
     every = slide(x, range(2, rank), windows, outside)
@@ -149,10 +148,10 @@ def _pooled(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window]) 
 def _taps(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window]) -> Generator[Tensor]:
     """One tensor for each place in a window, in the order of memory."""
     choices = itertools.product(*(range(w.size) for w in windows))
-    return (_tap(x, op, outside, windows, choice) for choice in choices)
+    return (tap_of(x, op, outside, windows, choice) for choice in choices)
 
 
-def _tap(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window], taps: Sequence[int]) -> Tensor:
+def tap_of(x: Tensor, op: Op, outside: float | int, windows: Sequence[Window], taps: Sequence[int]) -> Tensor:
     """The same element of every window. For a maximum, one at the border may stand for those beyond it."""
     o, results = x.opener, tuple(w.result for w in windows)
 
@@ -179,83 +178,16 @@ def max_pool(o: Opener) -> Tensor:
     """A NaN is passed on from any place; onnxruntime does so in some places and not in others."""
     x = o.tensor(0)
     least = float("-inf") if x.dtype.is_float else x.dtype.integer_range[0]
-    return _pooled(x, Op.MAX, least, _windows(o, x))
+    return _pooled(x, Op.MAX, least, windows_of(o, x))
 
 
 @operator("AveragePool")
 def average_pool(o: Opener) -> Tensor:
     """Over the taps on the axis; with `count_include_pad` over those on its padding too."""
     x = floating(o.tensor(0))
-    windows = _windows(o, x)
+    windows = windows_of(o, x)
     total = _pooled(x, Op.ADD, 0.0, windows)
     return total / _sizes(x, windows, bool(o.integer("count_include_pad", 0)))
-
-
-@operator("Conv")
-def convolution(o: Opener) -> Tensor:
-    """One that looks at each channel by itself (depthwise); others are onnxruntime's."""
-    x, weights = floating(o.tensor(0)), o.tensor(1, as_operand=True)
-    channels, inner, *sizes = (extent.constant for extent in weights.shape)
-    if not channels == o.integer("group", 1) == x.shape[1].constant or inner != 1:
-        raise Unsupported("sums over channels")
-    known = tuple(size for size in sizes if size is not None)
-    windows = _windows(o, x, known)
-    if math.prod(known) > _FEW_TAPS or any(w.stride > 1 for w in windows):
-        raise Unsupported(
-            f"a window of {' x '.join(map(str, sizes))} or strides, which onnxruntime is fast at"
-        )
-    if _is_border(windows):
-        raise Unsupported("an image that is small beside its padding")
-    padded, windows = _padded(x, windows)
-    total: Tensor | None = None
-    for line in itertools.product(*map(range, known[:-1])):
-        products: list[Tensor] = []
-        for tap in ((*line, last) for last in range(known[-1])):
-            weight = _of_channel(weights, (ZERO, *map(Index.of, tap)), len(known))
-            products.append(_tap(padded, Op.ADD, 0.0, windows, tap) * weight)
-        added = reduce(lambda a, b: a + b, products)
-        total = added if total is None else total + added
-    assert total is not None
-    return total + _of_channel(o.tensor(2, as_operand=True), (), len(known)) if o.has(2) else total
-
-
-def _of_channel(x: Tensor, place: Shape, rank: int) -> Tensor:
-    """Of each channel the element at `place`, for `rank` axes behind the channels."""
-    return x.view((x.shape[0], *(ONE for _ in range(rank))), lambda at: (at[0], *place))
-
-
-def _is_border(windows: Sequence[Window]) -> bool:
-    """Whether windows take much that lies beside the axes, which onnxruntime skips."""
-    result = product(w.result for w in windows).constant
-    read = product(w.result + (w.reach - 1) for w in windows).constant
-    return result is not None and read is not None and read > _MOST_PADDED * result
-
-
-def _padded(x: Tensor, windows: Sequence[Window]) -> tuple[Tensor, tuple[Window, ...]]:
-    """The tensor with what windows take beside it, a row for each channel, and the windows on that.
-
-    Windows then read it without a choice, in lanes side by side, and what computes the tensor can join in.
-    """
-    o = x.opener
-    shape = (*x.shape[:2], *((w.result - 1) * w.stride + w.reach for w in windows))
-    window = dict(enumerate(windows, start=2))
-
-    def access(at: Shape) -> Shape:
-        return (*at[:2], *(at[axis] - w.before - _beside(w, axis, at) for axis, w in window.items()))
-
-    found = x.view(shape, access)
-    for axis in (axis for axis, w in window.items() if w.reaches_out):
-        line = tuple(e if n == axis else ONE for n, e in enumerate(shape))
-        beside = o.computed(line, partial(_beside, window[axis], axis))
-        found = beside.equal(0).select(found, 0.0)
-    within = (replace(w, extent=shape[axis], before=0, after=0) for axis, w in window.items())
-    return o.kept(found, row_axes=2), tuple(within)
-
-
-def _beside(window: Window, axis: int, at: Shape) -> Index:
-    """How far a place of the padded axis lies outside of the axis."""
-    place = at[axis] - window.before
-    return place - clamped(place, window.extent)
 
 
 @operator("QLinearAveragePool", domain=MICROSOFT)
@@ -264,7 +196,7 @@ def qlinear_average_pool(o: Opener) -> Tensor:
     if o.integer("channels_last", 0):
         raise Unsupported("channels behind the other axes")
     x, dtype = numbers_at(o, 0), o.tensor(0).dtype
-    windows = _windows(o, x)
+    windows = windows_of(o, x)
     total = _added_in_order(x, windows)
     if o.integer("count_include_pad", 0):
         average = total.quotient(float(math.prod(window.size for window in windows)))
@@ -303,7 +235,7 @@ def _count(window: Window, axis: int, padded: bool, at: Shape) -> Index:
 def lp_pool(o: Opener) -> Tensor:
     x = floating(o.tensor(0))
     p = float(o.integer("p", 2))
-    return _norm(p, lambda powers: _pooled(powers, Op.ADD, 0.0, _windows(o, x)), x)
+    return _norm(p, lambda powers: _pooled(powers, Op.ADD, 0.0, windows_of(o, x)), x)
 
 
 def _norm(p: float, add_up: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
