@@ -16,6 +16,7 @@ from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
 from apollo_fuse.operators.registry import operator
 from apollo_fuse.operators.windows import FEW_TAPS, Window, tap_of, windows_of
 
+_FEW_WEIGHTS = 9
 _MOST_PADDED = 1.5  # elements of an image with what windows take beside it, for each of a result
 
 
@@ -32,8 +33,8 @@ def convolution(o: Opener) -> Tensor:
         raise Unsupported(
             f"a window of {' x '.join(map(str, sizes))} or strides, which onnxruntime is fast at"
         )
-    if _is_border(windows):
-        raise Unsupported("an image that is small beside its padding")
+    if _may_be_border(windows, math.prod(known)):
+        raise Unsupported("an image that is small beside its padding, or may be")
     padded, windows = _padded(x, windows)
     rank = len(known)
 
@@ -52,11 +53,16 @@ def _of_channel(x: Tensor, place: Shape, rank: int) -> Tensor:
     return x.view((x.shape[0], *(ONE for _ in range(rank))), lambda at: (at[0], *place))
 
 
-def _is_border(windows: Sequence[Window]) -> bool:
-    """Whether windows take much that lies beside the axes, which onnxruntime skips."""
+def _may_be_border(windows: Sequence[Window], weights: int) -> bool:
+    """Whether windows take much that lies beside the axes, which onnxruntime skips.
+
+    Of an image of open size that is not known; few weights cost little there.
+    """
     result = product(w.result for w in windows).constant
     read = product(w.result + (w.reach - 1) for w in windows).constant
-    return result is not None and read is not None and read > _MOST_PADDED * result
+    if result is None or read is None:
+        return weights > _FEW_WEIGHTS
+    return read > _MOST_PADDED * result
 
 
 def _padded(x: Tensor, windows: Sequence[Window]) -> tuple[Tensor, tuple[Window, ...]]:
