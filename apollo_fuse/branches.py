@@ -30,7 +30,7 @@ _RECURRENT_RANK = 3
 
 def take_decided_branches(model: ir.Model, infer: Infer) -> None:
     """Takes in, in place, every branch that has to be the one that runs."""
-    if not any(map(_is_choice, nodes(model.graph))):
+    if not any(map(is_choice, nodes(model.graph))):
         return
     copy = _take_known(model, infer)
     tried: set[ir.Node] = set()
@@ -47,19 +47,36 @@ def _take_known(model: ir.Model, infer: Infer) -> ir.Model:
     while True:
         RemoveUnusedNodesPass()(model)
         copy = infer(model)
-        found = [(node, number_in(same.inputs[0])) for node, same in _pairs(model, copy) if _is_choice(node)]
-        known = [(node, number) for node, number in found if number is not None]
+        known = [
+            (node, "then_branch" if number else "else_branch")
+            for node, same in _pairs(model, copy)
+            if is_choice(node) and (number := number_in(same.inputs[0])) is not None
+            if not _hides_a_rank(same, "then_branch" if number else "else_branch")
+        ]
         if not known:
             return copy
-        for node, number in known:
-            _take(node, "then_branch" if number else "else_branch")
+        for node, name in known:
+            _take(node, name)
+
+
+def _hides_a_rank(choice: ir.Node, name: str) -> bool:
+    """Whether Range reads what the branch makes, and the branch makes no scalar.
+
+    onnxruntime refuses that where it knows the rank beforehand, and takes the one element where it does not.
+    """
+    made = zip(choice.outputs, choice.attributes[name].as_graph().outputs, strict=True)
+    return any(
+        user.op_type == "Range" and (result.shape is None or result.shape.rank() > 0)
+        for own, result in made
+        for user, _ in own.uses()
+    )
 
 
 def _pairs(model: ir.Model, copy: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
     return zip(nodes(model.graph), nodes(copy.graph), strict=True)
 
 
-def _is_choice(node: ir.Node) -> bool:
+def is_choice(node: ir.Node) -> bool:
     return node.op_type == "If" and not node.domain
 
 
@@ -70,7 +87,7 @@ def _without_choice(model: ir.Model, copy: ir.Model, infer: Infer, tried: set[ir
     """
     values = values_of(copy.graph)
     for place, (node, same) in enumerate(_pairs(model, copy)):
-        if node in tried or not _is_choice(node) or not _squeezes_as_asked(same, values):
+        if node in tried or not is_choice(node) or not _squeezes_as_asked(same, values):
             continue
         tried.add(node)
         other = model.clone()
@@ -134,10 +151,10 @@ def _take(choice: ir.Node, name: str) -> None:
     around, branch = choice.graph, choice.attributes[name].as_graph()
     assert isinstance(around, ir.Graph)
     results, inside = list(branch.outputs), list(branch)
+    branch.outputs.clear()  # first: a weight that is a result belongs to the branch until then
     for weight in list(branch.initializers.values()):
         del branch.initializers[weight.name or ""]
         around.register_initializer(weight)
-    branch.outputs.clear()
     branch.remove(inside)
     around.insert_before(choice, inside)
     for own, result in zip(choice.outputs, results, strict=True):

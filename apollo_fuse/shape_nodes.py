@@ -14,10 +14,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from apollo_fuse.bodies import graphs, nodes
-from apollo_fuse.branches import Infer
+from apollo_fuse.branches import Infer, is_choice
 from apollo_fuse.graph import Value
 from apollo_fuse.index import Index
-from apollo_fuse.symbolic import values_of
+from apollo_fuse.symbolic import number_in, values_of
 
 _RECURRENT = {"GRU": (5,), "RNN": (5,), "LSTM": (5, 6)}
 """The operands that are the state to start from."""
@@ -28,6 +28,8 @@ def remove_known_shapes(model: ir.Model, infer: Infer) -> None:
     if not any(node.op_type == "Shape" or node.op_type in _RECURRENT for node in nodes(model.graph)):
         return
     copy = infer(model)
+    if any(is_choice(node) and number_in(node.inputs[0]) is not None for node in nodes(copy.graph)):
+        return  # one that is decided and was left hides a rank, and would not if onnxruntime decided it
     values = values_of(copy.graph)
     pairs = zip(_made(model), _made(copy), strict=True)
     known = {value: values[twin] for value, twin in pairs if twin in values}

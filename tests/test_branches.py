@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx.backend.test.case.node import collect_testcases
 
 from apollo_fuse.bodies import nodes
 from tests.fusing import assert_computes_as, reference_session, with_shapes
@@ -35,6 +36,25 @@ def either(condition: str, then: str, otherwise: str, name: str = "y") -> str:
 
 def op_types(model: ir.Model) -> list[str]:
     return sorted(node.op_type for node in nodes(model.graph))
+
+
+def test_a_branch_may_be_a_weight(tmp_path: Path) -> None:
+    then = "then_branch = a () => (float[1] p) <float[1] p = {3}> { }"
+    otherwise = "else_branch = b () => (float q) { q = ReduceMax(x) }"
+    model = model_of(
+        f"s = Shape(x) e = Gather(s, first) c = Equal(e, two) v = If (c) <{then}, {otherwise}> y = Mul(x, v)"
+    )
+    clean = with_shapes(model, tmp_path)
+    assert op_types(clean) == ["Mul"]
+    assert_computes_as(clean, model, normal(2, 8, 3))
+
+
+def test_a_branch_hides_the_rank_of_what_range_reads(tmp_path: Path) -> None:
+    """onnxruntime takes one element for a scalar, unless it knows better before the model runs."""
+    (case,) = (c for c in collect_testcases("AffineGrid") if c.name == "test_affine_grid_2d_expanded")
+    clean = with_shapes(case.model, tmp_path)
+    assert "If" in op_types(clean)
+    assert reference_session(ir.to_proto(clean)).get_outputs()
 
 
 @pytest.mark.parametrize(
