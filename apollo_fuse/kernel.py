@@ -240,21 +240,13 @@ def with_lane_loops(steps: tuple[Step, ...], instead: Callable[[Loop], Iterable[
 
 def buffers_of(steps: tuple[Step, ...]) -> set[str]:
     """The buffers that the steps read or write, index tensors included."""
-    names: set[str] = set()
-    for step in walk(steps):
-        match step:
-            case Compute(_, block, targets, _):
-                names |= {t.buffer for t in targets}
-                for load in block.loads:
-                    names.add(load.tensor)
-                    names |= {a.tensor for a in load.indices[0].atoms() if isinstance(a, Indirect)}
-            case Copy(source, target):
-                names |= {source.buffer, target.buffer}
-            case Initialise(target, _):
-                names.add(target.buffer)
-            case Loop():
-                pass
-    return names
+    return read_by(steps) | indexed_by(steps) | written_by(steps)
+
+
+def indexed_by(steps: tuple[Step, ...]) -> set[str]:
+    """The index tensors that the steps read."""
+    loads = (load for step in walk(steps) if isinstance(step, Compute) for load in step.block.loads)
+    return {atom.tensor for load in loads for atom in load.indices[0].atoms() if isinstance(atom, Indirect)}
 
 
 def read_by(steps: tuple[Step, ...]) -> set[str]:
@@ -302,6 +294,13 @@ def work(steps: tuple[Step, ...]) -> Index:
         elif isinstance(step, Compute):
             total = total + (step.block.cost + 2)
     return total
+
+
+def part_of(loop: Loop, start: Index, extent: Index) -> Loop:
+    """So many turns of the loop, from `start` on; they are to lie within its limit."""
+    turn = Iterator(loop.iterator.name, extent)
+    values: dict[Atom, Index] = {loop.iterator: start + Index.of(turn)}
+    return Loop(turn, loop.kind, tuple(substituted(step, values) for step in loop.body))
 
 
 def substituted(step: Step, values: dict[Atom, Index]) -> Step:

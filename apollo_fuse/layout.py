@@ -23,7 +23,7 @@ from apollo_fuse.graph import Refused
 from apollo_fuse.passes.keep_blocked import KeepBlocked
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
 from apollo_fuse.shape_nodes import remove_known_shapes
-from apollo_fuse.symbolic import infer_shapes, values_of
+from apollo_fuse.symbolic import infer_shapes, known_in
 from apollo_fuse.tolerance import Array
 
 METADATA = "apollo_fuse.made_for"
@@ -54,7 +54,7 @@ def load_clean_at(path: Path, layout: Layout, folder: Path) -> ir.Model:
 
 
 def cut(clean: ir.Model, layout: Layout) -> Cut:
-    """The model with its shapes; `clean` is changed where a branch is decided.
+    """The model with its shapes; `clean` is changed where they decide a branch, or need not be computed.
 
     Behind all optimisations it is changed, too, to keep tensors in blocks.
     """
@@ -63,9 +63,7 @@ def cut(clean: ir.Model, layout: Layout) -> Cut:
     first = _annotated(clean, ())
     if layout is Layout.PORTABLE:
         return first
-    known = values_of(first.model.graph)
-    same = dict(zip(_tensors(first.model.graph), _tensors(clean.graph), strict=True))
-    values = {same[value]: own for value, own in known.items() if value in same}
+    values = known_in(clean, first.model)
     opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values)
     return _annotated(clean, KeepBlocked(block_size())(clean.graph, values, opened))
 
@@ -116,12 +114,6 @@ def _annotated(clean: ir.Model, refused: tuple[Refused, ...]) -> Cut:
     defaults = onnx_io.take_defaults(model)
     infer_shapes(model)
     return Cut(clean, model, defaults, refused)
-
-
-def _tensors(graph: ir.Graph) -> list[ir.Value]:
-    """Inputs, weights that are no inputs, and results, in an order that copies share."""
-    weights = [value for value in graph.initializers.values() if not value.is_graph_input()]
-    return [*graph.inputs, *weights, *(value for node in graph for value in node.outputs)]
 
 
 def _weights(convolution: ir.Node) -> int:

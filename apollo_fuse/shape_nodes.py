@@ -7,7 +7,7 @@ can say so with zeros, and nothing has to ask for them. Recurrent operators star
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from apollo_fuse.bodies import graphs, nodes
 from apollo_fuse.branches import Infer, is_choice
 from apollo_fuse.graph import Value
 from apollo_fuse.index import Index
-from apollo_fuse.symbolic import number_in, values_of
+from apollo_fuse.symbolic import known_in, number_in
 
 _RECURRENT = {"GRU": (5,), "RNN": (5,), "LSTM": (5, 6)}
 """The operands that are the state to start from."""
@@ -30,9 +30,7 @@ def remove_known_shapes(model: ir.Model, infer: Infer) -> None:
     copy = infer(model)
     if any(is_choice(node) and number_in(node.inputs[0]) is not None for node in nodes(copy.graph)):
         return  # one that is decided and was left hides a rank, and would not if onnxruntime decided it
-    values = values_of(copy.graph)
-    pairs = zip(_made(model), _made(copy), strict=True)
-    known = {value: values[twin] for value, twin in pairs if twin in values}
+    known = known_in(model, copy)
     for graph in graphs(model.graph):
         for node in graph:
             if node.op_type == "Reshape" and not node.domain:
@@ -41,13 +39,6 @@ def remove_known_shapes(model: ir.Model, infer: Infer) -> None:
                 _start_from_nothing(node)
         _ask_once(graph, known)
     RemoveUnusedNodesPass()(model)
-
-
-def _made(model: ir.Model) -> Iterator[ir.Value]:
-    """Inputs and results, in an order that copies share."""
-    for graph in graphs(model.graph):
-        yield from graph.inputs
-        yield from (value for node in graph for value in node.outputs)
 
 
 def _state_target(graph: ir.Graph, node: ir.Node, known: Mapping[ir.Value, Value]) -> None:

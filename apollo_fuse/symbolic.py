@@ -129,6 +129,21 @@ def values_of(graph: ir.Graph) -> dict[ir.Value, Value]:
     return result
 
 
+def known_in(model: ir.Model, copy: ir.Model) -> dict[ir.Value, Value]:
+    """The tensors of a model that has no shapes, by what is known in its copy, which has them."""
+    known = values_of(copy.graph)
+    pairs = zip(_tensors(model), _tensors(copy), strict=True)
+    return {value: known[twin] for value, twin in pairs if twin in known}
+
+
+def _tensors(model: ir.Model) -> Iterable[ir.Value]:
+    """Inputs, weights that are no inputs, and results, in an order that copies share."""
+    for graph in graphs(model.graph):
+        yield from graph.inputs
+        yield from (value for value in graph.initializers.values() if not value.is_graph_input())
+        yield from (value for node in graph for value in node.outputs)
+
+
 def number_in(value: ir.Value | None) -> int | None:
     """The one integer or truth value that a tensor of a graph with shapes holds, where inference knows it."""
     if value is None or value.dtype not in (*_INTEGERS, ir.DataType.BOOL):

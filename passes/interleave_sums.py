@@ -22,6 +22,7 @@ from apollo_fuse.kernel import (
     Scope,
     Step,
     Target,
+    part_of,
     substituted,
     walk,
     with_lane_loops,
@@ -72,10 +73,8 @@ class _Interleaving:
                 body.append(substituted(fold, {lane: Index.of(part) + part.extent * number}))
         steps = [*starts, Loop(part, LoopKind.LANE, tuple(body)), *ends]
         done = part.extent * _PARTS
-        rest = Iterator(lane.name, extent - done)
-        if not rest.extent.is_zero:
-            moved = tuple(substituted(fold, {lane: Index.of(rest) + done}) for fold in folds)
-            steps.append(Loop(rest, LoopKind.SEQUENTIAL, moved))
+        if not (extent - done).is_zero:
+            steps.append(part_of(replace(loop, kind=LoopKind.SEQUENTIAL), done, extent - done))
         return steps
 
     def _folds(self, loop: Loop) -> list[Compute]:

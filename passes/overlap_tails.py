@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, BlockBuilder, Constant, Op, Position, identity
-from apollo_fuse.index import Index, Iterator
+from apollo_fuse.index import ZERO, Index, Iterator
 from apollo_fuse.kernel import (
     Compute,
     Kernel,
@@ -19,8 +19,8 @@ from apollo_fuse.kernel import (
     LoopKind,
     Scope,
     Step,
+    part_of,
     read_by,
-    substituted,
     with_lane_loops,
     written_by,
 )
@@ -43,13 +43,10 @@ def _covered(kernel: Kernel, loop: Loop) -> list[Step]:
     lanes = min(_LANES, 1 << (extent.bit_length() - 1))
     if extent % lanes == 0 or not _may_repeat(kernel, loop):
         return [loop]
-    count, last = extent // lanes, Iterator(loop.iterator.name, Index.of(lanes))
     again = lanes - extent % lanes  # lanes of the last vector that are done already
-    moved = _at(loop, Index.of(last) + (extent - lanes))
-    return [
-        _vectors(loop, count, lanes),
-        Loop(last, LoopKind.LANE, tuple(_from(again, last, s) for s in moved)),
-    ]
+    last = part_of(loop, Index.of(extent - lanes), Index.of(lanes))
+    fewer = tuple(_from(again, last.iterator, step) for step in last.body)
+    return [_vectors(loop, extent // lanes, lanes), replace(last, body=fewer)]
 
 
 def _vectors(loop: Loop, count: int, lanes: int) -> Loop:
@@ -57,18 +54,9 @@ def _vectors(loop: Loop, count: int, lanes: int) -> Loop:
     computes = [step for step in loop.body if isinstance(step, Compute)]
     reads = {load for step in computes for load in step.block.loads}
     if count == 1 or len(reads) < _MANY_READS:
-        whole = Iterator(loop.iterator.name, Index.of(count * lanes))
-        return Loop(whole, LoopKind.LANE, _at(loop, Index.of(whole)))
-    vector, lane = (
-        Iterator(f"{loop.iterator.name}_vector", Index.of(count)),
-        Iterator(loop.iterator.name, Index.of(lanes)),
-    )
-    body = Loop(lane, LoopKind.LANE, _at(loop, Index.of(vector) * lanes + Index.of(lane)))
-    return Loop(vector, LoopKind.SEQUENTIAL, (body,))
-
-
-def _at(loop: Loop, place: Index) -> tuple[Step, ...]:
-    return tuple(substituted(step, {loop.iterator: place}) for step in loop.body)
+        return part_of(loop, ZERO, Index.of(count * lanes))
+    vector = Iterator(f"{loop.iterator.name}_vector", Index.of(count))
+    return Loop(vector, LoopKind.SEQUENTIAL, (part_of(loop, Index.of(vector) * lanes, Index.of(lanes)),))
 
 
 def _may_repeat(kernel: Kernel, loop: Loop) -> bool:

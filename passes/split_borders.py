@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 
 from apollo_fuse.expressions import Load, Position
 from apollo_fuse.index import ZERO, Atom, Index, Indirect, Iterator, Maximum, maximum, minimum
-from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Step, substituted, walk, with_lane_loops
+from apollo_fuse.kernel import (
+    Compute,
+    Kernel,
+    Loop,
+    LoopKind,
+    Step,
+    part_of,
+    substituted,
+    walk,
+    with_lane_loops,
+)
 from apollo_fuse.passes.simplify import decided
 
 _FEWEST = 4  # lanes between the borders that are worth loops of their own, where their number is known
@@ -28,7 +38,7 @@ def _parts(loop: Loop) -> list[Step]:
     between = _between(loop)
     if between is None:
         return [loop]
-    lane, end = loop.iterator, loop.iterator.extent
+    end = loop.iterator.extent
     if loop.limit is not None:
         end = minimum(end, loop.limit)
     first = minimum(maximum(between.first, ZERO), end)
@@ -40,9 +50,8 @@ def _parts(loop: Loop) -> list[Step]:
     def part(kind: LoopKind, start: Index, extent: Index, body: tuple[Step, ...]) -> list[Step]:
         if extent.is_zero:
             return []
-        iterator = Iterator(lane.name, extent)
-        moved = tuple(_settled(substituted(step, {lane: start + Index.of(iterator)})) for step in body)
-        return [Loop(iterator, kind, moved)]
+        whole = part_of(Loop(loop.iterator, kind, body), start, extent)
+        return [replace(whole, body=tuple(map(_settled, whole.body)))]
 
     return [
         *part(LoopKind.SEQUENTIAL, ZERO, first, loop.body),

@@ -11,12 +11,16 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from apollo_fuse import onnx_io
 from apollo_fuse.driver import fuse
+from apollo_fuse.kernel import Kernel, Loop, LoopKind, walk
 from apollo_fuse.layout import Layout, cut, load_clean_at
 from apollo_fuse.measure import session_options
 from apollo_fuse.options import InputShape, Options
+from apollo_fuse.partition import Plan, plan
 from apollo_fuse.report import Report
 from apollo_fuse.running import run
+from apollo_fuse.symbolic import infer_shapes
 
 Array = np.ndarray
 
@@ -63,6 +67,23 @@ def with_shapes(model: onnx.ModelProto, folder: Path) -> ir.Model:
     clean = load_clean_at(folder / "model.onnx", Layout.PORTABLE, folder)
     cut(clean, Layout.PORTABLE)
     return clean
+
+
+def planned(model: onnx.ModelProto, folder: Path, options: Options | None = None) -> Plan:
+    """All kernels that the model can have; worth it or not, unless the options say otherwise."""
+    onnx.save(model, folder / "model.onnx")
+    clean = onnx_io.load_clean(folder / "model.onnx", folder)
+    infer_shapes(clean)
+    return plan(clean, options or Options(fuse_all=True))
+
+
+def kernels(model: onnx.ModelProto, folder: Path) -> list[Kernel]:
+    """Those of a plan, as the passes leave them to the code generators."""
+    return [kernel for candidate in planned(model, folder).candidates for kernel in candidate.group.kernels]
+
+
+def lane_loops(kernel: Kernel) -> list[Loop]:
+    return [step for step in walk(kernel.body) if isinstance(step, Loop) and step.kind is LoopKind.LANE]
 
 
 def assert_computes_as(clean: ir.Model, model: onnx.ModelProto, *inputs: Array) -> None:

@@ -6,19 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
-from apollo_fuse import Options, onnx_io
-from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, walk
-from apollo_fuse.partition import Plan, plan
+from apollo_fuse import Options
+from apollo_fuse.kernel import Compute, Loop, LoopKind, walk
 from apollo_fuse.passes.jam_rows import jam_rows
 from apollo_fuse.passes.overlap_tails import overlap_tails
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
-from apollo_fuse.symbolic import infer_shapes
 from apollo_fuse.tolerance import compare
-from tests.fusing import fuse_to_session
+from tests.fusing import fuse_to_session, kernels, lane_loops, planned
 from tests.test_end_to_end import normal, text_model
 
 
@@ -57,21 +54,6 @@ FORMS = {
 }
 for array, name in ((np.array([2, 3, 2, 28, 30]), "s"), (np.array([2, 6, 28, 30]), "q")):
     FORMS["of a shuffle"].graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-
-
-def planned(model: onnx.ModelProto, folder: Path, fuse_all: bool = True) -> Plan:
-    onnx.save(model, folder / "net.onnx")
-    clean: ir.Model = onnx_io.load_clean(folder / "net.onnx", folder)
-    infer_shapes(clean)
-    return plan(clean, Options(fuse_all=fuse_all))
-
-
-def kernels(model: onnx.ModelProto, folder: Path) -> list[Kernel]:
-    return [kernel for candidate in planned(model, folder).candidates for kernel in candidate.group.kernels]
-
-
-def lane_loops(kernel: Kernel) -> list[Loop]:
-    return [s for s in walk(kernel.body) if isinstance(s, Loop) and s.kind is LoopKind.LANE]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -156,12 +138,12 @@ def test_between_convolutions_they_stay_in_their_layout(between: str, held: set[
     model = convolved(POINTWISE.format(between), SAME)
     more = {"v": normal(6, 6, 1, 1), "zero": np.float32(0), "six": np.float32(6)}
     model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in more.items())
-    chosen = planned(onnx.shape_inference.infer_shapes(model), tmp_path, fuse_all=False)
+    chosen = planned(onnx.shape_inference.infer_shapes(model), tmp_path, Options())
     assert {node.op_type for candidate in chosen.candidates for node in candidate.part.nodes} == held
 
 
 def test_an_image_that_fits_no_work_item_is_not_made_again_for_each_window(tmp_path: Path) -> None:
-    chosen = planned(convolved(AROUND, SAME, x="1, 6, 400, 400"), tmp_path, fuse_all=False)
+    chosen = planned(convolved(AROUND, SAME, x="1, 6, 400, 400"), tmp_path, Options())
     held = [{node.op_type for node in candidate.part.nodes} for candidate in chosen.candidates]
     assert held == [{"HardSigmoid", "Mul"}, {"Conv"}, {"HardSigmoid", "Mul"}]
 

@@ -6,16 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
-from apollo_fuse import Options, onnx_io
-from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Scope, walk
-from apollo_fuse.partition import plan
+from apollo_fuse.kernel import Compute, Loop, Scope
 from apollo_fuse.passes.fission_lanes import BODY
-from apollo_fuse.symbolic import infer_shapes
 from apollo_fuse.tolerance import compare
-from tests.fusing import fuse_to_session
+from tests.fusing import fuse_to_session, kernels, lane_loops
 from tests.test_end_to_end import normal, text_model
 
 CHAIN = " ".join(f"a{i} = Tanh(m{i}) m{i + 1} = Mul(a{i}, w)" for i in range(12))
@@ -36,18 +32,6 @@ INTEGERS = (
     + " ".join(f"q{i} = Div(r{i}, k) p{i} = Mul(q{i}, r{i}) r{i + 1} = Sub(p{i}, x)" for i in range(29))
     + " }"
 )
-
-
-def kernels(model: onnx.ModelProto, folder: Path) -> list[Kernel]:
-    onnx.save(model, folder / "net.onnx")
-    clean: ir.Model = onnx_io.load_clean(folder / "net.onnx", folder)
-    infer_shapes(clean)
-    chosen = plan(clean, Options(fuse_all=True))
-    return [kernel for candidate in chosen.candidates for kernel in candidate.group.kernels]
-
-
-def lane_loops(kernel: Kernel) -> list[Loop]:
-    return [s for s in walk(kernel.body) if isinstance(s, Loop) and s.kind is LoopKind.LANE]
 
 
 def cost(loop: Loop) -> int:

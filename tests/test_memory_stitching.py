@@ -15,12 +15,10 @@ from apollo_fuse import onnx_io
 from apollo_fuse.kernel import Compute, KernelGroup, Scope, walk
 from apollo_fuse.measure import session_options
 from apollo_fuse.options import Options
-from apollo_fuse.partition import Plan, plan
 from apollo_fuse.passes.split_reductions import PARTS
-from apollo_fuse.symbolic import infer_shapes
 from models import chains, memory_bound
 from models.writing import LAST_AXIS, Graph
-from tests.fusing import fuse_to_session, reference_session
+from tests.fusing import fuse_to_session, planned, reference_session
 from tests.test_end_to_end import text_model
 
 Build = Callable[[], onnx.ModelProto]
@@ -28,16 +26,8 @@ Array = np.ndarray
 EVERY_AXIS = np.array([0, 1], np.int64)
 
 
-def planned(model: onnx.ModelProto, folder: Path) -> Plan:
-    path = folder / "model.onnx"
-    onnx.save(model, path)
-    clean = onnx_io.load_clean(path, folder)
-    infer_shapes(clean)
-    return plan(clean, Options())
-
-
 def group_of(model: onnx.ModelProto, folder: Path) -> KernelGroup:
-    (candidate,) = planned(model, folder).candidates
+    (candidate,) = planned(model, folder, Options()).candidates
     return candidate.group
 
 
@@ -152,7 +142,7 @@ ONE_KERNEL: dict[str, Build] = {
 
 @pytest.mark.parametrize("name", ONE_KERNEL)
 def test_a_chain_of_reductions_is_one_operator(name: str, tmp_path: Path) -> None:
-    found = planned(ONE_KERNEL[name](), tmp_path)
+    found = planned(ONE_KERNEL[name](), tmp_path, Options())
     assert len(found.candidates) == 1
     made = found.candidates[0].micro_graph.operators
     nodes = len(onnx_io.load_clean(tmp_path / "model.onnx", tmp_path).graph)
@@ -257,9 +247,9 @@ def test_only_as_much_is_computed_again_as_overflows(tmp_path: Path) -> None:
 
 
 def test_what_overflows_and_is_dear_passes_through_memory(tmp_path: Path) -> None:
-    found = planned(normalised(64, 200_000, ("Sin", "Tanh", "Erf", "Cos", "Sigmoid")), tmp_path)
+    found = planned(normalised(64, 200_000, ("Sin", "Tanh", "Erf", "Cos", "Sigmoid")), tmp_path, Options())
     assert [r.refused.reason for r in found.rounds] == ["intermediates overflow on-chip memory"]
-    short = planned(normalised(64, 2_000, ("Sin", "Tanh", "Erf", "Cos", "Sigmoid")), tmp_path)
+    short = planned(normalised(64, 2_000, ("Sin", "Tanh", "Erf", "Cos", "Sigmoid")), tmp_path, Options())
     assert not short.rounds
     assert len(short.candidates) == 1
 

@@ -6,17 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
-from apollo_fuse import Options, onnx_io
 from apollo_fuse.index import Maximum
 from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, walk
-from apollo_fuse.partition import plan
 from apollo_fuse.passes.split_borders import split_borders
-from apollo_fuse.symbolic import infer_shapes
 from apollo_fuse.tolerance import compare
-from tests.fusing import fuse_to_session
+from tests.fusing import fuse_to_session, kernels
 from tests.test_end_to_end import normal, text_model
 
 POOL = """g (float[N, 3, H, W] x) => (float[N, 3, P, Q] y)
@@ -32,11 +28,7 @@ def pool(op: str, size: int, stride: int, pads: str, more: str = "ceil_mode = 0"
 
 def split(model: onnx.ModelProto, folder: Path) -> list[tuple[Kernel, Kernel]]:
     """Each kernel as it was planned, and with its borders split."""
-    onnx.save(model, folder / "net.onnx")
-    clean: ir.Model = onnx_io.load_clean(folder / "net.onnx", folder)
-    infer_shapes(clean)
-    groups = (candidate.group for candidate in plan(clean, Options(fuse_all=True)).candidates)
-    return [(kernel, split_borders(kernel)) for group in groups for kernel in group.kernels]
+    return [(kernel, split_borders(kernel)) for kernel in kernels(model, folder)]
 
 
 def clamps_along_lanes(kernel: Kernel) -> int:

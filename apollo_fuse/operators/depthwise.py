@@ -6,12 +6,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 
 from apollo_fuse.expressions import Op
 from apollo_fuse.graph import Shape
-from apollo_fuse.index import ONE, ZERO, Index, clamped, product
+from apollo_fuse.index import ONE, ZERO, Index, product
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
 from apollo_fuse.operators.registry import operator
 from apollo_fuse.operators.windows import FEW_TAPS, Window, tap_of, windows_of
@@ -70,23 +70,8 @@ def _padded(x: Tensor, windows: Sequence[Window]) -> tuple[Tensor, tuple[Window,
 
     Windows then read it without a choice, in lanes side by side, and what computes the tensor can join in.
     """
-    o = x.opener
-    shape = (*x.shape[:2], *((w.result - 1) * w.stride + w.reach for w in windows))
-    window = dict(enumerate(windows, start=2))
-
-    def access(at: Shape) -> Shape:
-        return (*at[:2], *(at[axis] - w.before - _beside(w, axis, at) for axis, w in window.items()))
-
-    found = x.view(shape, access)
-    for axis in (axis for axis, w in window.items() if w.reaches_out):
-        line = tuple(e if n == axis else ONE for n, e in enumerate(shape))
-        beside = o.computed(line, partial(_beside, window[axis], axis))
-        found = beside.equal(0).select(found, 0.0)
-    within = (replace(w, extent=shape[axis], before=0, after=0) for axis, w in window.items())
-    return o.kept(found, row_axes=2), tuple(within)
-
-
-def _beside(window: Window, axis: int, at: Shape) -> Index:
-    """How far a place of the padded axis lies outside of the axis."""
-    place = at[axis] - window.before
-    return place - clamped(place, window.extent)
+    extents = [(w.result - 1) * w.stride + w.reach for w in windows]
+    each = [replace(w, result=e, size=1, stride=1, dilation=1) for w, e in zip(windows, extents, strict=True)]
+    image = x.opener.kept(tap_of(x, Op.ADD, 0.0, each, (0,) * len(each)), row_axes=2)
+    within = (replace(w, extent=e, before=0, after=0) for w, e in zip(windows, extents, strict=True))
+    return image, tuple(within)

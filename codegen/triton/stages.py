@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from apollo_fuse.index import Indirect
 from apollo_fuse.kernel import (
     Compute,
     Copy,
@@ -18,6 +17,8 @@ from apollo_fuse.kernel import (
     KernelGroup,
     Loop,
     Scope,
+    indexed_by,
+    read_by,
     walk,
     written_by,
 )
@@ -60,7 +61,7 @@ def _touched(kernel: Kernel) -> _Touched:
     hosts = {b.host for b in local.values() if b.host is not None} - local.keys()
     written = written_by(kernel.body) - local.keys()
     folded = set(_folded(kernel)) - local.keys()
-    read = set(_read(kernel)) - local.keys()
+    read = (read_by(kernel.body) | indexed_by(kernel.body)) - local.keys()
     return _Touched(frozenset(read), frozenset(written), frozenset(hosts | folded))
 
 
@@ -73,17 +74,4 @@ def _folded(kernel: Kernel) -> Iterable[str]:
             case Initialise(target, _):
                 yield target.buffer
             case Compute() | Copy() | Loop():
-                pass
-
-
-def _read(kernel: Kernel) -> Iterable[str]:
-    for step in walk(kernel.body):
-        match step:
-            case Compute(_, block, _, _):
-                for load in block.loads:
-                    yield load.tensor
-                    yield from (a.tensor for a in load.indices[0].atoms() if isinstance(a, Indirect))
-            case Copy(source, _):
-                yield source.buffer
-            case Initialise() | Loop():
                 pass
