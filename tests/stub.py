@@ -166,7 +166,7 @@ class Stub:
 
         has_providers: whether onnxruntime has any for GPUs.
         """
-        ctypes.memset((ctypes.c_char * 1024).in_dll(self._provider, "library"), 0, 1024)
+        # Over the old one, never emptied before: threads with the same library see it whole.
         (ctypes.c_char * 1024).in_dll(self._provider, "library").value = os.fsencode(library)
         self._set(self._provider, "registers_cpu_ops", int(with_cpu))
         self._set(self._provider, "has_providers", int(has_providers))

@@ -108,11 +108,9 @@ static const OrtApi *get_api(uint32_t version) { return real_base->GetApi(versio
 
 static const char *get_version(void) { return real_base->GetVersionString(); }
 
-__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
-                                                                    const OrtApiBase *base) {
-  static const OrtApiBase own = {get_api, get_version};
-  real_base = base;
-  real = base->GetApi(ORT_API_VERSION);
+/* Once: sessions of other threads call what it holds. */
+static void change(void) {
+  real = real_base->GetApi(ORT_API_VERSION);
   changed = *real;
   changed.CustomOpDomain_Add = add;
   changed.GetAvailableProviders = get_providers;
@@ -121,6 +119,14 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
   changed.KernelContext_GetGPUComputeStream = get_stream;
   changed.KernelContext_GetScratchBuffer = get_scratch;
   changed.AllocatorFree = give_back;
+}
+
+__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
+                                                                    const OrtApiBase *base) {
+  static const OrtApiBase own = {get_api, get_version};
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  real_base = base; /* of all sessions */
+  pthread_once(&once, change);
   void *handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
   OrtStatus *(*registers)(OrtSessionOptions *, const OrtApiBase *) = NULL;
   if (handle) *(void **)&registers = dlsym(handle, "RegisterCustomOps");
