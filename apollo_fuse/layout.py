@@ -22,6 +22,7 @@ from apollo_fuse.branches import take_decided_branches
 from apollo_fuse.graph import Refused
 from apollo_fuse.passes.keep_blocked import KeepBlocked
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
+from apollo_fuse.plain_sums import write_sums_as_additions
 from apollo_fuse.shape_nodes import remove_known_shapes
 from apollo_fuse.symbolic import infer_shapes, known_in
 from apollo_fuse.tolerance import Array
@@ -56,8 +57,9 @@ def load_clean_at(path: Path, layout: Layout, folder: Path) -> ir.Model:
 def cut(clean: ir.Model, layout: Layout) -> Cut:
     """The model with its shapes; `clean` is changed where they decide a branch, or need not be computed.
 
-    Behind all optimisations it is changed, too, to keep tensors in blocks.
+    Sums of two are additions in it. Behind all optimisations it is changed, too, to keep tensors in blocks.
     """
+    write_sums_as_additions(clean)
     take_decided_branches(clean, _with_shapes)
     remove_known_shapes(clean, _with_shapes)
     first = _annotated(clean, ())
