@@ -148,6 +148,27 @@ class Block:
         builder.append(self, values)
         return builder.build()
 
+    def part(self, place: int, reads: Mapping[int, Load] | None = None) -> Block:
+        """What the instruction at a place computes; `reads` stand in the place of some before it.
+
+        A negative place counts from the end.
+        """
+        held = reads or {}
+        place %= len(self.instructions)
+        needed = {place}
+        for number in range(place, -1, -1):
+            item = self.instructions[number]
+            if number in needed and number not in held and isinstance(item, Apply):
+                needed.update(item.operands)
+        builder = BlockBuilder()
+        places: dict[int, int] = {}
+        for number in sorted(needed):
+            item = held.get(number, self.instructions[number])
+            if isinstance(item, Apply):
+                item = Apply(item.op, tuple(places[o] for o in item.operands), item.dtype)
+            places[number] = builder.add(item)
+        return builder.build_at(places[place])
+
     def __str__(self) -> str:
         lines = [f"%{place} = {_text(item)}" for place, item in enumerate(self.instructions)]
         return "\n".join(lines)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import item_count, op_interface, unpack
 from apollo_fuse.codegen.maxima import chains
-from apollo_fuse.codegen.transposed import Transposed, moved, transposed
+from apollo_fuse.codegen.transposed import Transposed, in_blocks, moved, transposed
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Op, Position
 from apollo_fuse.index import Index, Indirect, Iterator
@@ -34,6 +34,8 @@ from apollo_fuse.kernel import (
     work,
     written_by,
 )
+from apollo_fuse.passes.cascade_lanes import cascade_lanes
+from apollo_fuse.passes.hoist_lanes import hoist_lanes
 from apollo_fuse.passes.interleave_sums import interleave_sums
 from apollo_fuse.passes.jam_rows import jam_rows
 from apollo_fuse.passes.overlap_tails import overlap_tails
@@ -323,7 +325,8 @@ def _combiner(op: Op, dtype: DType) -> str:
 
 
 def _kernel(group: KernelGroup, kernel: Kernel) -> str:
-    lowered = overlap_tails(interleave_sums(split_borders(jam_rows(sum_columns(kernel)))))
+    lowered = split_borders(jam_rows(sum_columns(hoist_lanes(kernel))))
+    lowered = in_blocks(overlap_tails(cascade_lanes(interleave_sums(lowered))))
     local = [b for b in lowered.buffers if b.scope is not Scope.GLOBAL]
     scalars = frozenset(b.name for b in local if b.size.is_one)
     arrays = [b for b in local if b.name not in scalars]

@@ -10,7 +10,7 @@ tile that is only moved goes straight from memory to memory.
 from __future__ import annotations
 
 from collections.abc import Iterator as Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.index import ZERO, Atom, Index, Iterator
@@ -21,13 +21,16 @@ from apollo_fuse.kernel import (
     Loop,
     LoopKind,
     Scope,
+    Step,
     Target,
+    part_of,
     read_by,
     walk,
     written_by,
 )
 
 _FEWEST = 4  # elements along an axis that are worth turning
+_BLOCK = 32  # turns of a loop whose tiles would be too large, or are of open length
 _MOST_BYTES = 32 * 1024  # of one loop's tiles, to stay in the nearest cache or close to it
 
 
@@ -82,18 +85,11 @@ class Transposed:
 def transposed(kernel: Kernel, loop: Loop) -> Transposed | None:
     """What runs along the memory of `loop` and jumps along the lane loops in it, if anything does."""
     lane = _lanes(loop)
-    if lane is None or moved(kernel, loop) is not None:
+    if lane is None or not _is_worth_it(loop, lane) or moved(kernel, loop) is not None:
         return None
     found, left = Transposed(lane), _MOST_BYTES
-    written, read = written_by(loop.body), read_by(loop.body)
-    for is_read, access in _accesses(loop):
+    for is_read, access, jump in _turned(kernel, loop, lane):
         buffer, tiles = kernel.buffer(access.buffer), found.reads if is_read else found.writes
-        shared = access.buffer in (written if is_read else read)
-        if access in tiles or shared or buffer.scope is not Scope.GLOBAL:
-            continue
-        jump = _jump(access.offset, loop, lane.iterator)
-        if jump is None:
-            continue
         base = access.offset.substitute({loop.iterator: ZERO, lane.iterator: ZERO})
         number = len(found.reads) + len(found.writes)
         tile = Tile(f"{buffer.name}_tile{number}", buffer, base, jump, loop.iterator, lane.iterator)
@@ -101,6 +97,37 @@ def transposed(kernel: Kernel, loop: Loop) -> Transposed | None:
             left -= tile.bytes
             tiles[access] = tile
     return found if found.reads or found.writes else None
+
+
+def in_blocks(kernel: Kernel) -> Kernel:
+    """The kernel with loops in blocks where the tiles of a whole loop would not stay near."""
+    return replace(kernel, body=tuple(done for step in kernel.body for done in _in_blocks(kernel, step)))
+
+
+def _in_blocks(kernel: Kernel, step: Step) -> list[Step]:
+    if not isinstance(step, Loop) or step.kind is LoopKind.LANE:
+        return [step]
+    lane, extent = _lanes(step), step.iterator.extent
+    if lane is None or step.limit is not None or not _are_too_large(kernel, step, lane):
+        body = tuple(done for inner in step.body for done in _in_blocks(kernel, inner))
+        return [replace(step, body=body)]
+    block = Iterator(f"{step.iterator.name}_block", extent // _BLOCK)
+    inside = part_of(step, Index.of(block) * _BLOCK, Index.of(_BLOCK))
+    steps: list[Step] = [Loop(block, LoopKind.SEQUENTIAL, (inside,))]
+    done = block.extent * _BLOCK
+    return steps if (extent - done).is_zero else [*steps, part_of(step, done, extent - done)]
+
+
+def _are_too_large(kernel: Kernel, loop: Loop, lane: Loop) -> bool:
+    """Whether tiles of the loop would be, and those of a block are not."""
+    turns = loop.iterator.extent.constant
+    if lane.iterator.extent.constant is None or turns is not None and turns <= _BLOCK:
+        return False
+    if moved(kernel, loop) is not None:
+        return False
+    turned = {(is_read, access) for is_read, access, _ in _turned(kernel, loop, lane)}
+    row = sum(kernel.buffer(access.buffer).dtype.size for _, access in turned) * _size(lane.iterator)
+    return 0 < row <= _MOST_BYTES // _BLOCK and (turns is None or turns * row > _MOST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +180,8 @@ class Move:
 def moved(kernel: Kernel, loop: Loop) -> Move | None:
     """The tile that is all that `loop` moves, if it moves one."""
     lane = _lanes(loop)
+    if lane is not None and not _is_worth_it(loop, lane):
+        return None
     step = lane.body[0] if lane is not None and len(loop.body) == len(lane.body) == 1 else None
     if lane is None or not isinstance(step, Compute) or step.combine is not None or len(step.targets) > 1:
         return None
@@ -204,8 +233,21 @@ def _lanes(loop: Loop) -> Loop | None:
     lane = inner[0]
     alike = all(other.iterator == lane.iterator and other.limit == lane.limit for other in inner)
     depends = lane.limit is not None and loop.iterator in lane.limit.atoms()
-    worth_it = all((i.extent.constant or 0) >= _FEWEST for i in (loop.iterator, lane.iterator))
-    return lane if alike and not depends and worth_it else None
+    return lane if alike and not depends else None
+
+
+def _is_worth_it(loop: Loop, lane: Loop) -> bool:
+    return all((i.extent.constant or 0) >= _FEWEST for i in (loop.iterator, lane.iterator))
+
+
+def _turned(kernel: Kernel, loop: Loop, lane: Loop) -> Generator[tuple[bool, Target, Index]]:
+    """Each read (True) and write (False) of memory that runs along the loop, once, and its jump by lanes."""
+    written, read = written_by(loop.body), read_by(loop.body)
+    for is_read, access in dict.fromkeys(_accesses(loop)):
+        shared = access.buffer in (written if is_read else read)
+        jump = _jump(access.offset, loop, lane.iterator)
+        if jump is not None and not shared and kernel.buffer(access.buffer).scope is Scope.GLOBAL:
+            yield is_read, access, jump
 
 
 def _accesses(loop: Loop) -> Generator[tuple[bool, Target]]:

@@ -3,7 +3,7 @@
 Where each lane keeps a sum of its own, a loop over the rows adds all of them one after the other, and the
 error of the result grows with their number.  Sums of blocks that are added up in turn err as the length of a
 block and the number of blocks do (Higham, "The accuracy of floating point summation", 1993), for one more
-addition a block.  A sum that lanes share is one of as many parts as there are lanes already.
+addition a block.  Sums that lanes share are for `cascade_lanes`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Cascading:
             ends.setdefault(lanes, []).append(Compute(fold.statement, read, (target,), Op.ADD))
         if not own:
             return loop
-        block, row, limit = _blocks(loop)
+        block, row, limit = blocks_of(loop, BLOCK)
         values: dict[Atom, Index] = {loop.iterator: Index.of(block) * BLOCK + Index.of(row)}
         body = tuple(_folded_into(own, substituted(step, values)) for step in loop.body)
         inner = Loop(row, LoopKind.SEQUENTIAL, body, limit)
@@ -89,14 +89,14 @@ def _is_long(loop: Loop) -> bool:
     return known is None or known > _SHORT
 
 
-def _blocks(loop: Loop) -> tuple[Iterator, Iterator, Index | None]:
-    """The loop over the blocks, the loop over the rows of one, and where a block ends early."""
+def blocks_of(loop: Loop, length: int) -> tuple[Iterator, Iterator, Index | None]:
+    """The loop over blocks of so many turns, the loop over the turns of one, and where a block ends early."""
     extent = loop.iterator.extent
-    block = Iterator(f"{loop.iterator.name}_block", (extent + (BLOCK - 1)) // BLOCK)
-    even = loop.limit is None and extent.constant is not None and extent.constant % BLOCK == 0
-    rows = extent if loop.limit is None else minimum(extent, loop.limit)
-    limit = None if even else rows - Index.of(block) * BLOCK
-    return block, Iterator(loop.iterator.name, Index.of(BLOCK)), limit
+    block = Iterator(f"{loop.iterator.name}_block", (extent + (length - 1)) // length)
+    even = loop.limit is None and extent.constant is not None and extent.constant % length == 0
+    turns = extent if loop.limit is None else minimum(extent, loop.limit)
+    limit = None if even else turns - Index.of(block) * length
+    return block, Iterator(loop.iterator.name, Index.of(length)), limit
 
 
 def _folds(steps: tuple[Step, ...], around: tuple[Loop, ...]) -> Generator[tuple[Compute, tuple[Loop, ...]]]:

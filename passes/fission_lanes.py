@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from apollo_fuse.dtypes import DType
-from apollo_fuse.expressions import Apply, Block, BlockBuilder, Load, cost_of
+from apollo_fuse.expressions import Apply, Block, Load, cost_of
 from apollo_fuse.index import Index
 from apollo_fuse.kernel import (
     Buffer,
@@ -158,18 +158,7 @@ class _Left:
 
     def value(self, place: int) -> Block:
         """The instruction at a place, from inputs and what is held."""
-        builder = BlockBuilder()
-        places: dict[int, int] = {}
-
-        def build(number: int) -> int:
-            if number not in places:
-                item = self.held.get(number, self.block.instructions[number])
-                if isinstance(item, Apply):
-                    item = Apply(item.op, tuple(build(o) for o in item.operands), item.dtype)
-                places[number] = builder.add(item)
-            return places[number]
-
-        return builder.build_at(build(place))
+        return self.block.part(place, self.held)
 
 
 def _long_body(loop: Loop) -> list[Compute] | None:

@@ -79,21 +79,28 @@ class _Interleaving:
 
     def _folds(self, loop: Loop) -> list[Compute]:
         """The statements of a loop that does little else than to add up, and for long."""
-        folds = [s for s in loop.body if isinstance(s, Compute) and s.combine is Op.ADD and self._is_sum(s)]
+        folds = sums_of(self.kernel, loop)
         known = loop.iterator.extent.constant
         short = known is not None and known < _LONG
         if len(folds) < len(loop.body) or short or loop.limit is not None or not _rows(loop) <= self.near:
             return []
         return folds if sum(_cost(fold.block, loop.iterator) for fold in folds) <= _CHEAP else []
 
-    def _is_sum(self, fold: Compute) -> bool:
-        buffer = self.kernel.buffer(fold.targets[0].buffer)
-        return buffer.scope is Scope.REGISTER and buffer.size.is_one and buffer.dtype.is_float
-
     def _accumulator(self, name: str, number: int) -> Target:
         own = replace(self.kernel.buffer(name), name=f"{name}_{number}")
         self.partial.append(own)
         return Target(own.name, ZERO)
+
+
+def sums_of(kernel: Kernel, loop: Loop) -> list[Compute]:
+    """The statements of a lane loop that add up floating-point numbers in a register that its lanes share."""
+
+    def is_sum(step: Compute) -> bool:
+        buffer = kernel.buffer(step.targets[0].buffer)
+        return buffer.scope is Scope.REGISTER and buffer.size.is_one and buffer.dtype.is_float
+
+    computes = (step for step in loop.body if isinstance(step, Compute))
+    return [step for step in computes if step.combine is Op.ADD and is_sum(step)]
 
 
 def _rows(loop: Loop) -> set[Target]:

@@ -238,7 +238,7 @@ def _lane(nests: Nests) -> Iterator | None:
     if best is None or not nests.has_loops:
         return best
     inner = sum(_contiguous(nests, loop) for loop in nests.innermost())
-    return best if contiguous[best] > inner else None
+    return best if contiguous[best] * 1.01 > inner else None
 
 
 def _contiguous(nests: Nests, iterator: Iterator) -> int:

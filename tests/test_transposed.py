@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apollo_fuse.codegen.transposed import in_blocks, transposed
+from apollo_fuse.kernel import Loop, walk
 from apollo_fuse.tolerance import compare
-from tests.fusing import fuse_to_session
+from tests.fusing import fuse_to_session, kernels
 from tests.headers import LEVELS, compile_library
 from tests.test_end_to_end import text_model
 
@@ -134,3 +136,30 @@ def test_masks_are_turned_as_the_bytes_they_are(tmp_path: Path, cache: Path) -> 
     make = values("?")
     for expected, found in fused.run({"x": make(70, 45), "z": make(45, 70)}).values():
         np.testing.assert_array_equal(found, expected)
+
+
+COLUMNS = """g (float[N, {rows}, 64] x) => (float[N, 64, {rows}] y) <int64[1] axes = {{1}}>
+  {{ s = ReduceSum(x, axes) d = Sub(x, s) t = Tanh(d) y = Transpose<perm = [0, 2, 1]>(t) }}"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks"), [(32, 0), (64, 0), (512, 1), (500, 1), ("R", 1)], ids=lambda value: str(value)
+)
+def test_tiles_of_long_loops_are_turned_block_by_block(
+    rows: int | str, blocks: int, tmp_path: Path, cache: Path
+) -> None:
+    """What is written turned would fill an array of `rows` by 64, which is not to leave the nearest cache."""
+    model = text_model(COLUMNS.format(rows=rows))
+    (kernel,) = kernels(model, tmp_path)
+    found = in_blocks(kernel)
+    loops = [s for s in walk(found.body) if isinstance(s, Loop) and transposed(found, s) is not None]
+    assert loops[0].iterator.extent.constant == (32 if blocks else rows)
+    assert (found == kernel) == (not blocks)
+    fused = fuse_to_session(
+        model, tmp_path, cache, shapes={"x": (2, rows if isinstance(rows, int) else 77, 64)}
+    )
+    assert not fused.unfused_nodes
+    for extent in (rows,) if isinstance(rows, int) else (0, 1, 31, 32, 33, 500):
+        x = np.random.default_rng(0).standard_normal((3, extent, 64)).astype(np.float32) / 30
+        for expected, result in fused.run({"x": x}).values():
+            np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
