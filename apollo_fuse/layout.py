@@ -18,8 +18,9 @@ import onnxruntime as ort
 
 from apollo_fuse import onnx_io
 from apollo_fuse.blocked import DOMAIN, block_size
+from apollo_fuse.bodies import bodies, nodes
 from apollo_fuse.branches import take_decided_branches
-from apollo_fuse.graph import Refused
+from apollo_fuse.graph import Refused, Value
 from apollo_fuse.passes.keep_blocked import KeepBlocked
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
 from apollo_fuse.plain_sums import write_sums_as_additions
@@ -57,17 +58,37 @@ def load_clean_at(path: Path, layout: Layout, folder: Path) -> ir.Model:
 def cut(clean: ir.Model, layout: Layout) -> Cut:
     """The model with its shapes; `clean` is changed where they decide a branch, or need not be computed.
 
-    Sums of two are additions in it. Behind all optimisations it is changed, too, to keep tensors in blocks.
+    In it sums of two are additions, and what Loops stack has the extents that are known. Behind all
+    optimisations it is changed, too, to keep tensors in blocks.
     """
     write_sums_as_additions(clean)
     take_decided_branches(clean, _with_shapes)
     remove_known_shapes(clean, _with_shapes)
     first = _annotated(clean, ())
+    values = known_in(clean, first.model)
+    _state_stacked(clean, values)
     if layout is Layout.PORTABLE:
         return first
-    values = known_in(clean, first.model)
     opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values)
     return _annotated(clean, KeepBlocked(block_size())(clean.graph, values, opened))
+
+
+def _state_stacked(clean: ir.Model, values: Mapping[ir.Value, Value]) -> None:
+    """States the extents that are known of what Loops stack.
+
+    Where no iteration runs, onnxruntime gives what is stacked extents of 0 where it knows none, and it cannot
+    see through kernels.
+    """
+    for node in nodes(clean.graph):
+        if node.op_type != "Loop" or node.domain:
+            continue
+        (body,) = bodies(node)
+        for made in body.outputs[len(node.inputs) - 1 :]:
+            known = values.get(made)
+            if known is not None and made.shape is not None and len(made.shape) == len(known.shape):
+                numbers = (extent.constant for extent in known.shape)
+                pairs = zip(numbers, made.shape, strict=True)
+                made.shape = ir.Shape([dim if number is None else number for number, dim in pairs])
 
 
 def pin(model: ir.Model) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 
 import onnx_ir as ir
@@ -21,8 +22,14 @@ from apollo_fuse.graph import Value
 from apollo_fuse.index import Index
 from apollo_fuse.loop_shapes import infer_with_loops
 
+_INPUT = re.compile(r"s[0-9]+")  # the name of an extent that the model's inputs leave open
 _STATED = "apollo_fuse.stated_shape"  # of a body's output: its shape as the model states it
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
+_WIDE = (
+    *_INTEGERS,
+    ir.DataType.FLOAT,
+    ir.DataType.DOUBLE,
+)  # types that hold a number of elements, or nearly so
 _infer_if = registry.get("", "If", 13)
 assert _infer_if is not None
 
@@ -42,8 +49,10 @@ def _infer_loop_soundly(context: ShapeInferenceContext, node: ir.Node) -> None:
     """Inference for a Loop that may run no iteration, or fewer than it could.
 
     With none, what it carries has the shape of the initial value, and what it stacks has extents of 0 where
-    the body's type leaves them open.
+    the body's type leaves them open. That an iteration runs is known where only an extent of 0 of the model's
+    inputs could keep it from that.
     """
+    runs = _runs(context, node)
     body = node.attributes["body"].as_graph()
     carried = len(node.inputs) - 2
     for place, output in enumerate(node.outputs):
@@ -52,7 +61,7 @@ def _infer_loop_soundly(context: ShapeInferenceContext, node: ir.Node) -> None:
             context.set_type(output, made.type)
             continue
         initial = node.inputs[place + 2] if place < carried else None
-        shape = _either(context, initial, made) if place < carried else _stacked(context, made)
+        shape = _either(context, initial, made) if place < carried else _stacked(context, made, runs)
         context.set_shape_and_dtype(output, shape, made.dtype or (None if initial is None else initial.dtype))
 
 
@@ -64,15 +73,68 @@ def _either(context: ShapeInferenceContext, a: ir.Value | None, b: ir.Value) -> 
     return ir.Shape([x if x == y else context.new_symbolic_dim() for x, y in pairs])
 
 
-def _stacked(context: ShapeInferenceContext, made: ir.Value) -> ir.Shape | None:
+def _stacked(context: ShapeInferenceContext, made: ir.Value, runs: bool) -> ir.Shape | None:
     """The shape of the values of all iterations."""
     if made.shape is None:
         return None
     stated = made.meta.get(_STATED)
     if stated is None or len(stated) != len(made.shape):
         stated = [None] * len(made.shape)
-    dims = [dim if isinstance(dim, int) else context.new_symbolic_dim() for dim in stated]
+    dims: list[int | ir.SymbolicDim] = []
+    for claim, dim in zip(stated, made.shape, strict=True):
+        if isinstance(claim, int):
+            dims.append(claim)
+        else:
+            dims.append(dim if runs and _is_of_inputs(dim) else context.new_symbolic_dim())
     return ir.Shape([context.new_symbolic_dim(), *dims])
+
+
+def _is_of_inputs(dim: int | ir.SymbolicDim) -> bool:
+    """Whether an extent is a number, or one of the model's inputs, and so the same in all iterations."""
+    return isinstance(dim, int) or (dim.value is not None and _INPUT.fullmatch(dim.value) is not None)
+
+
+def _runs(context: ShapeInferenceContext, node: ir.Node) -> bool:
+    """Whether a Loop runs an iteration wherever no extent of the model's inputs is 0."""
+    trips, condition = (*node.inputs, None, None)[:2]
+    if trips is not None and not _is_positive(_number(context, trips)):
+        return False
+    if condition is None:
+        return True
+    if condition.const_value is not None:
+        return bool(condition.const_value.numpy().all())
+    producer = condition.producer()
+    if producer is None or producer.op_type not in ("Less", "Greater"):
+        return False
+    operands = [_number(context, value) for value in producer.inputs]
+    less, more = operands if producer.op_type == "Less" else reversed(operands)
+    return less is not None and more is not None and _is_positive(more - less)
+
+
+def _number(context: ShapeInferenceContext, value: ir.Value | None) -> Index | None:
+    """The integer that a tensor of one element holds, as a float or not, where it follows from extents."""
+    if value is None:
+        return None
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast" and value.dtype in _WIDE:
+        return _number(context, producer.inputs[0])
+    elements = context.get_symbolic_value(value)
+    if elements is not None and len(elements) == 1:
+        return Dimensions.of(None if producer is None else producer.graph).element(elements[0])
+    if value.const_value is not None and value.const_value.size == 1:
+        number = float(value.const_value.numpy().item())
+        return Index.of(int(number)) if number.is_integer() else None
+    return None
+
+
+def _is_positive(number: Index | None) -> bool:
+    """Whether a polynomial of extents of the model's inputs is above 0 where these are."""
+    if number is None or not all(
+        s.formula is None and _INPUT.fullmatch(s.name) is not None for s in number.symbols()
+    ):
+        return False
+    factors = [factor for _, factor in number.terms]
+    return bool(factors) and all(factor > 0 for factor in factors)
 
 
 @registry.register("", "Scan", since_version=8)  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ import pytest
 from apollo_fuse import onnx_io
 from apollo_fuse.bodies import graphs
 from apollo_fuse.symbolic import infer_shapes
+from tests.fusing import fuse_to_session
 from tests.test_end_to_end import text_model
 
 Shapes = dict[str, list[int | str] | None]
@@ -99,6 +100,53 @@ def test_what_a_loop_stacks_may_be_nothing(tmp_path: Path) -> None:
     stacked = found["stacked"]
     # onnxruntime gives open extents 0 where no iteration ran
     assert stacked and len(stacked) == 3 and all(map(is_unknown, stacked))
+
+
+STEPS = {
+    "Less": "t = Shape<start = 0, end = 1>(x) k = Squeeze(t) go = Less(none, k)",
+    "floats": "t = Shape<start = 0, end = 1>(x) k = Squeeze(t) l = Cast<to = 1>(k) go = Less(nothing, l)",
+    "Greater": "t = Shape<start = 0, end = 1>(x) k = Squeeze(t) go = Greater(k, none)",
+    "trips": "n = Shape<start = 0, end = 1>(x)",
+    "may be none": "t = Shape<start = 0, end = 1>(x) k = Squeeze(t) go = Less(two, k)",
+    "turned": "t = Shape<start = 0, end = 1>(x) k = Squeeze(t) go = Less(k, none)",
+    "given": "n = Identity(m)",
+}
+
+
+def steps(how: str, after: str = "y = Neg(stacked)") -> onnx.ModelProto:
+    """A Loop over the first axis of x, which stacks what it makes of each element and of the one before."""
+    inputs = "n, yes" if "n = " in STEPS[how] else ", go"
+    return text_model(
+        f"""g (float[T, N, 8] x, int64 m) => (float[] y)
+        <int64 none = {{0}}, int64 one = {{1}}, int64 two = {{2}}, bool yes = {{1}}, float nothing = {{0}}> {{
+          {STEPS[how]}
+          e = Shape<start = 1>(x) z = Expand(nothing, e)
+          last, stacked = Loop ({inputs}, z) <
+            body = b (int64 i, bool c, float[A, B] s) => (bool d, float[A, B] r, float[C, D] q) {{
+              a = Gather(x, i) p = Add(a, s) r = Tanh(p) q = Neg(r)
+              u = Shape<start = 0, end = 1>(x) v = Squeeze(u) j = Add(i, one) d = Less(j, v) }}>
+          {after} }}"""
+    )
+
+
+@pytest.mark.parametrize("how", STEPS)
+def test_what_a_loop_stacks_has_the_extents_of_each_iteration_if_one_runs(how: str, tmp_path: Path) -> None:
+    stacked = shapes_in(steps(how), tmp_path)["stacked"]
+    assert stacked is not None and is_unknown(stacked[0])
+    runs = how not in ("may be none", "turned", "given")
+    assert (stacked[1] == "s1") == runs and is_unknown(stacked[1]) != runs
+
+
+@pytest.mark.parametrize("how", ["Less", "trips"])
+def test_a_loop_over_no_elements_stacks_none(how: str, tmp_path: Path, cache: Path) -> None:
+    """Where its extents are not those that were deduced."""
+    model = steps(how, "f = Neg(stacked) h = Exp(f) y = Mul(h, stacked)")
+    fused = fuse_to_session(model, tmp_path, cache, shapes={"x": (5, 3, 8)})
+    for extent in (5, 1, 0):
+        x = np.linspace(-1, 1, extent * 24, dtype=np.float32).reshape(extent, 3, 8)
+        for expected, found in fused.run({"x": x, "m": np.array(extent, np.int64)}).values():
+            assert expected.shape == found.shape
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_loops_in_loops_are_proved_together(tmp_path: Path) -> None:
