@@ -5,6 +5,7 @@
 # make bench-stitching   measure reductions against kernels written by hand
 # make bench-gpu   compile the model set for GPUs and predict what they would do; none is needed
 # make gpu   run the tests for GPUs and every kernel of the model set on the GPU at hand, check and time them
+# make bench-peers   measure the builders against OpenVINO and IREE, which it installs
 # make bench-cost   measure how far the cost model is from what kernels take
 # make notebook   run notebooks/fused_vs_unfused.ipynb and store it with what it measured
 # make scale   measure how the compiler's time and memory grow with the model
@@ -21,6 +22,7 @@ BENCH_ARGS ?=
 SCALE_ARGS ?=
 COST_ARGS ?=
 GPU_ARGS ?=
+PEERS_ARGS ?=
 NOTEBOOK_ARGS ?=
 
 VENV := .venv
@@ -28,7 +30,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all bench bench-ablation bench-cost bench-gpu bench-stitching gpu notebook scale lint clean
+.PHONY: demo test test-all bench bench-ablation bench-cost bench-gpu bench-peers bench-stitching \
+	gpu notebook scale lint clean
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
@@ -52,6 +55,11 @@ bench-ablation: $(INSTALLED)
 
 bench-stitching: $(INSTALLED)
 	$(BIN)/python -m benchmarks.stitching $(BENCH_ARGS)
+
+bench-peers: $(INSTALLED)
+	@mkdir -p build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
+	$(BIN)/python -m benchmarks.peers --json build/peers.json --markdown build/peers.md $(PEERS_ARGS)
 
 bench-cost: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cost $(COST_ARGS)
