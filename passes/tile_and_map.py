@@ -28,6 +28,7 @@ _REDUCED = 8  # elements that become one, from which on writing that one to memo
 GRAIN = 1 << 19
 """Cheap operations that are worth a thread of a CPU, as runtime/compute.c has it."""
 _VECTOR = 4  # elements that are worth a vector
+_NEARLY = 1.01  # of a norm that reads along one axis and writes along another, its weights are the rest
 _OPEN = 256  # what an open extent counts for where axes are compared
 
 
@@ -238,7 +239,7 @@ def _lane(nests: Nests) -> Iterator | None:
     if best is None or not nests.has_loops:
         return best
     inner = sum(_contiguous(nests, loop) for loop in nests.innermost())
-    return best if contiguous[best] * 1.01 > inner else None
+    return best if contiguous[best] * _NEARLY > inner else None
 
 
 def _contiguous(nests: Nests, iterator: Iterator) -> int:
