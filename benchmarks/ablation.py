@@ -23,7 +23,7 @@ import apollo_fuse
 import models
 from apollo_fuse.measure import Timing, interleaved, session_options
 from apollo_fuse.options import LAYERS, Options
-from benchmarks.bench import Failed, child, each, machine, parser_of
+from benchmarks.bench import Failed, child, each, keep, machine, parser_of
 from benchmarks.row import SLOWEST, compile_options, require_agreement
 from benchmarks.table import grid, times
 
@@ -241,14 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.only or models.names(), partial(measured, **settings), lambda row: " | ".join(_cells(row))
     )
     facts = machine()
-    if chosen.json:
-        record = {"machine": facts, "settings": settings, "rows": [asdict(row) for row in rows]}
-        chosen.json.write_text(json.dumps(record, indent=2) + "\n")
     if chosen.plot:
         plot(rows, chosen.plot)
     markdown = to_markdown(rows, facts, settings)
-    if chosen.markdown:
-        chosen.markdown.write_text(markdown)
+    record = {"machine": facts, "settings": settings, "rows": [asdict(row) for row in rows]}
+    keep(chosen, record, markdown)
     print(markdown)
     return 1 if any(row.error is not None for row in rows) else 0
 

@@ -143,6 +143,14 @@ def parser_of(module: str, description: str | None, seconds: float) -> argparse.
     return parser
 
 
+def keep(chosen: argparse.Namespace, record: Mapping[str, object], markdown: str) -> None:
+    """Writes what was found to the files that --json and --markdown name."""
+    if chosen.json:
+        chosen.json.write_text(json.dumps(record, indent=2) + "\n")
+    if chosen.markdown:
+        chosen.markdown.write_text(markdown)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.bench", __doc__, seconds=2.0)
     parser.add_argument("--layout", choices=LAYOUTS, default="portable", help="that the models are fused in")
@@ -151,11 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = each(chosen.only or models.names(), row_of, _summary)
     facts = machine() | {"layout": chosen.layout}
     settings = {"seconds": chosen.seconds, "threads": chosen.threads}
-    if chosen.json:
-        chosen.json.write_text(json.dumps(to_json(rows, facts, settings), indent=2) + "\n")
     markdown = to_markdown(rows, facts, settings)
-    if chosen.markdown:
-        chosen.markdown.write_text(markdown)
+    keep(chosen, to_json(rows, facts, settings), markdown)
     print(markdown)
     return 1 if any(row.error is not None for row in rows) else 0
 

@@ -8,7 +8,6 @@ are measured the same way. The machine is calibrated once before; nothing is fit
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -34,8 +33,8 @@ from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.predicted import extents_of
 from apollo_fuse.unfused import unfused_seconds
+from benchmarks.bench import keep, parser_of
 from benchmarks.bench import machine as facts_of_machine
-from benchmarks.bench import parser_of
 from benchmarks.cost_table import KernelRow, summary, table, to_json, to_markdown
 
 _EMPTY = "empty_"  # before the names of ops without a kernel
@@ -123,10 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"{name}: {sum(row.model == name for row in rows)} kernels", highlight=False)
     facts = facts_of_machine() | {"predictions": machine.source}
     settings = {"seconds": chosen.seconds, "threads": chosen.threads}
-    if chosen.json:
-        chosen.json.write_text(json.dumps(to_json(rows, facts, settings), indent=2) + "\n")
-    if chosen.markdown:
-        chosen.markdown.write_text(to_markdown(rows, facts, settings))
+    keep(chosen, to_json(rows, facts, settings), to_markdown(rows, facts, settings))
     console = Console()
     console.print(table(rows))
     console.print(summary(rows), highlight=False)

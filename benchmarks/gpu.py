@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich.table import Table
 
 import models
 from apollo_fuse.gpu import KNOWN
-from benchmarks.bench import Failed, child, each, machine
+from benchmarks.bench import Failed, child, each, keep, machine
 from benchmarks.gpu_row import compiled_from
 from benchmarks.gpu_table import HEADER, Row, cells, missed, to_json, to_markdown
 from models import Builder
@@ -67,11 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         partial(measured, target=target, threads=chosen.threads),
         lambda row: f"{row.name}: {'; '.join(missed(row)) or 'holds'}",
     )
-    if chosen.json:
-        chosen.json.write_text(json.dumps(to_json(rows, machine()), indent=2) + "\n")
     markdown = to_markdown(rows, machine())
-    if chosen.markdown:
-        chosen.markdown.write_text(markdown)
+    keep(chosen, to_json(rows, machine()), markdown)
     console = Console()
     console.print(printed(rows) if console.is_terminal else markdown, markup=False, soft_wrap=True)
     return 1 if any(row.error is not None for row in rows) else 0

@@ -9,7 +9,6 @@ runs the whole model, as it is and fused.  Where there is no GPU, it says so and
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from apollo_fuse.capture import capture
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.symbolic import infer_shapes
+from benchmarks.bench import keep
 from benchmarks.device import Device, DeviceError, first_device
 from benchmarks.device_rows import Row, rows_for, wanted
 from benchmarks.device_table import Ran, to_json, to_markdown
@@ -82,10 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     ran = Ran(rows, wholes, failed, waiting)
     markdown = to_markdown(ran, facts)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(to_json(ran, facts), indent=2) + "\n")
-    if chosen.markdown:
-        chosen.markdown.write_text(markdown)
+    keep(chosen, to_json(ran, facts), markdown)
     print(markdown)
     return 1 if failed or any(row.problem for row in (*rows, *wholes)) else 0
 

@@ -6,8 +6,6 @@ own and as users run it, with threads that spin where that is how they wait.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import models
-from benchmarks.bench import Failed, child, each, machine, parser_of
+from benchmarks.bench import Failed, child, each, keep, machine, parser_of
 from benchmarks.peer_row import PEERS
 from models import Builder
 
@@ -139,12 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     row_of = partial(measured, peers=peers, seconds=chosen.seconds, threads=chosen.threads)
     rows = each(chosen.only or builders, row_of, partial(_summary, peers=peers))
     facts = machine() | versions | {"threads": str(chosen.threads)}
-    if chosen.json:
-        record = {"machine": facts, "rows": [asdict(row) for row in rows]}
-        chosen.json.write_text(json.dumps(record, indent=2) + os.linesep)
     markdown = to_markdown(rows, facts, peers)
-    if chosen.markdown:
-        chosen.markdown.write_text(markdown)
+    keep(chosen, {"machine": facts, "rows": [asdict(row) for row in rows]}, markdown)
     print(markdown)
     return 1 if any(row.error is not None for row in rows) else 0
 
