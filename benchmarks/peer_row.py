@@ -54,8 +54,9 @@ class OpenVino(Peer):
             "INFERENCE_PRECISION_HINT": "f32",
         }
         self._request = openvino.Core().compile_model(str(model), "CPU", hints).create_infer_request()
-        for name, array in feeds.items():
-            self._request.set_tensor(name, openvino.Tensor(np.array(array, order="C"), shared_memory=True))
+        self._inputs = {name: np.array(array, order="C") for name, array in feeds.items()}
+        for name, array in self._inputs.items():
+            self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
         self._request.infer()
 
     def outputs(self) -> list[Array]:

@@ -38,6 +38,7 @@ from apollo_fuse.passes.cascade_lanes import cascade_lanes
 from apollo_fuse.passes.hoist_lanes import hoist_lanes
 from apollo_fuse.passes.interleave_sums import interleave_sums
 from apollo_fuse.passes.jam_rows import jam_rows
+from apollo_fuse.passes.near_rows import near_rows
 from apollo_fuse.passes.overlap_tails import overlap_tails
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
@@ -325,7 +326,7 @@ def _combiner(op: Op, dtype: DType) -> str:
 
 
 def _kernel(group: KernelGroup, kernel: Kernel) -> str:
-    lowered = split_borders(jam_rows(sum_columns(hoist_lanes(kernel))))
+    lowered = near_rows(split_borders(jam_rows(sum_columns(hoist_lanes(kernel)))))
     lowered = in_blocks(overlap_tails(cascade_lanes(interleave_sums(lowered))))
     local = [b for b in lowered.buffers if b.scope is not Scope.GLOBAL]
     scalars = frozenset(b.name for b in local if b.size.is_one)

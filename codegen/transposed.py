@@ -111,7 +111,7 @@ def _in_blocks(kernel: Kernel, step: Step) -> list[Step]:
     if lane is None or step.limit is not None or not _are_too_large(kernel, step, lane):
         body = tuple(done for inner in step.body for done in _in_blocks(kernel, inner))
         return [replace(step, body=body)]
-    block = Iterator(f"{step.iterator.name}_block", extent // _BLOCK)
+    block = Iterator(f"{step.iterator.name}_tile", extent // _BLOCK)
     inside = part_of(step, Index.of(block) * _BLOCK, Index.of(_BLOCK))
     steps: list[Step] = [Loop(block, LoopKind.SEQUENTIAL, (inside,))]
     done = block.extent * _BLOCK

@@ -89,10 +89,13 @@ def _is_long(loop: Loop) -> bool:
     return known is None or known > _SHORT
 
 
-def blocks_of(loop: Loop, length: int) -> tuple[Iterator, Iterator, Index | None]:
-    """The loop over blocks of so many turns, the loop over the turns of one, and where a block ends early."""
+def blocks_of(loop: Loop, length: int, suffix: str = "block") -> tuple[Iterator, Iterator, Index | None]:
+    """The loop over blocks of so many turns, the loop over the turns of one, and where a block ends early.
+
+    suffix: behind the loop's name, what makes one for the blocks that is none of the grid's.
+    """
     extent = loop.iterator.extent
-    block = Iterator(f"{loop.iterator.name}_block", (extent + (length - 1)) // length)
+    block = Iterator(f"{loop.iterator.name}_{suffix}", (extent + (length - 1)) // length)
     even = loop.limit is None and extent.constant is not None and extent.constant % length == 0
     turns = extent if loop.limit is None else minimum(extent, loop.limit)
     limit = None if even else turns - Index.of(block) * length
