@@ -15,7 +15,7 @@ from typing import TypeAlias
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Block, Op
 from apollo_fuse.graph import Value
-from apollo_fuse.index import ONE, ZERO, Atom, Index, Indirect, Iterator
+from apollo_fuse.index import ONE, ZERO, Atom, Index, Indirect, Iterator, minimum
 from apollo_fuse.scop import Derived, Extent
 
 
@@ -301,6 +301,19 @@ def part_of(loop: Loop, start: Index, extent: Index) -> Loop:
     turn = Iterator(loop.iterator.name, extent)
     values: dict[Atom, Index] = {loop.iterator: start + Index.of(turn)}
     return Loop(turn, loop.kind, tuple(substituted(step, values) for step in loop.body))
+
+
+def in_blocks_of(loop: Loop, length: int, suffix: str = "block") -> tuple[Iterator, Loop]:
+    """What iterates over blocks of so many turns, and the loop over those of one; the last may be shorter.
+
+    suffix: behind the loop's name, what makes one for the blocks that is none of the grid's.
+    """
+    extent = loop.iterator.extent
+    block = Iterator(f"{loop.iterator.name}_{suffix}", (extent + (length - 1)) // length)
+    even = loop.limit is None and extent.constant is not None and extent.constant % length == 0
+    turns = extent if loop.limit is None else minimum(extent, loop.limit)
+    limit = None if even else turns - Index.of(block) * length
+    return block, replace(part_of(loop, Index.of(block) * length, Index.of(length)), limit=limit)
 
 
 def substituted(step: Step, values: dict[Atom, Index]) -> Step:

@@ -20,7 +20,7 @@ from apollo_fuse import onnx_io
 from apollo_fuse.blocked import DOMAIN, block_size
 from apollo_fuse.bodies import bodies, nodes
 from apollo_fuse.branches import take_decided_branches
-from apollo_fuse.graph import Refused, Value
+from apollo_fuse.graph import Refused
 from apollo_fuse.passes.keep_blocked import KeepBlocked
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
 from apollo_fuse.plain_sums import write_sums_as_additions
@@ -65,23 +65,23 @@ def cut(clean: ir.Model, layout: Layout) -> Cut:
     take_decided_branches(clean, _with_shapes)
     remove_known_shapes(clean, _with_shapes)
     first = _annotated(clean, ())
-    values = known_in(clean, first.model)
-    _state_stacked(clean, values)
+    _state_stacked(clean, first.model)
     if layout is Layout.PORTABLE:
         return first
+    values = known_in(clean, first.model)
     opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values)
     return _annotated(clean, KeepBlocked(block_size())(clean.graph, values, opened))
 
 
-def _state_stacked(clean: ir.Model, values: Mapping[ir.Value, Value]) -> None:
-    """States the extents that are known of what Loops stack.
+def _state_stacked(clean: ir.Model, model: ir.Model) -> None:
+    """States the extents that are known of what Loops stack; `model` is a copy with shapes.
 
     Where no iteration runs, onnxruntime gives what is stacked extents of 0 where it knows none, and it cannot
     see through kernels.
     """
-    for node in nodes(clean.graph):
-        if node.op_type != "Loop" or node.domain:
-            continue
+    loops = [node for node in nodes(clean.graph) if node.op_type == "Loop" and not node.domain]
+    values = known_in(clean, model) if loops else {}
+    for node in loops:
         (body,) = bodies(node)
         for made in body.outputs[len(node.inputs) - 1 :]:
             known = values.get(made)

@@ -25,11 +25,8 @@ from apollo_fuse.loop_shapes import infer_with_loops
 _INPUT = re.compile(r"s[0-9]+")  # the name of an extent that the model's inputs leave open
 _STATED = "apollo_fuse.stated_shape"  # of a body's output: its shape as the model states it
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
-_WIDE = (
-    *_INTEGERS,
-    ir.DataType.FLOAT,
-    ir.DataType.DOUBLE,
-)  # types that hold a number of elements, or nearly so
+_WIDE = (*_INTEGERS, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+"""Types that hold a number of elements, or nearly so."""
 _infer_if = registry.get("", "If", 13)
 assert _infer_if is not None
 

@@ -129,7 +129,7 @@ def _least(run: Callable[[], object], seconds: float) -> float:
 
 
 def _run(tool: str, *arguments: str) -> str:
-    """What a tool beside this interpreter prints. Raises RuntimeError with the last line of its errors."""
+    """What a tool beside this interpreter prints. Raises RuntimeError with the first error that it tells."""
     command = [str(Path(sys.executable).with_name(tool)), *arguments]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:

@@ -7,7 +7,9 @@ become arrays on the stack or, when their size is known at run time only, scratc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 
 from apollo_fuse.codegen import expressions as c
 from apollo_fuse.codegen.interface import item_count, op_interface, unpack
@@ -44,6 +46,18 @@ from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
+_LOWERING: tuple[Callable[[Kernel], Kernel], ...] = (
+    hoist_lanes,
+    sum_columns,
+    jam_rows,
+    split_borders,
+    near_rows,
+    interleave_sums,
+    cascade_lanes,
+    overlap_tails,
+    in_blocks,
+)
+"""What is done for a compiler of C alone, in this order."""
 
 
 def emit(group: KernelGroup, name: str, comment: str) -> str:
@@ -326,8 +340,7 @@ def _combiner(op: Op, dtype: DType) -> str:
 
 
 def _kernel(group: KernelGroup, kernel: Kernel) -> str:
-    lowered = near_rows(split_borders(jam_rows(sum_columns(hoist_lanes(kernel)))))
-    lowered = in_blocks(overlap_tails(cascade_lanes(interleave_sums(lowered))))
+    lowered = reduce(lambda done, lower: lower(done), _LOWERING, kernel)
     local = [b for b in lowered.buffers if b.scope is not Scope.GLOBAL]
     scalars = frozenset(b.name for b in local if b.size.is_one)
     arrays = [b for b in local if b.name not in scalars]

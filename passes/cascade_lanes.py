@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from apollo_fuse.expressions import Block, Load, Op
-from apollo_fuse.index import ZERO, Atom, Index
 from apollo_fuse.kernel import (
     Buffer,
-    Compute,
-    Initialise,
     Kernel,
     Loop,
     LoopKind,
     Step,
-    Target,
-    substituted,
+    in_blocks_of,
     with_lane_loops,
 )
-from apollo_fuse.passes.cascade_sums import blocks_of
-from apollo_fuse.passes.interleave_sums import sums_of
+from apollo_fuse.passes.interleave_sums import own_sum, sums_of
 
 BLOCK = 1024  # elements
 _SHORT = 4 * BLOCK  # elements up to which a row is added up as it is
@@ -53,18 +47,11 @@ class _Cascading:
         body: list[Step] = list(loop.body)
         ends: list[Step] = []
         for fold in folds:
-            (target,) = fold.targets
-            own = self._buffer(target)
-            starts.append(Initialise(Target(own.name, ZERO), Op.ADD))
-            body[body.index(fold)] = replace(fold, targets=(Target(own.name, ZERO),))
-            value = Block((Load(own.name, (ZERO,), own.dtype),))
-            ends.append(Compute(f"{fold.statement}_block", value, (target,), Op.ADD))
-        block, lane, limit = blocks_of(loop, BLOCK)
-        values: dict[Atom, Index] = {loop.iterator: Index.of(block) * BLOCK + Index.of(lane)}
-        inner = Loop(lane, LoopKind.LANE, tuple(substituted(step, values) for step in body), limit)
+            name = f"{fold.targets[0].buffer}_block{len(self.sums)}"
+            own = own_sum(self.kernel, fold, name, f"{fold.statement}_block")
+            self.sums.append(own.buffer)
+            starts.append(own.start)
+            body[body.index(fold)] = own.fold
+            ends.append(own.end)
+        block, inner = in_blocks_of(replace(loop, body=tuple(body)), BLOCK)
         return [Loop(block, LoopKind.SEQUENTIAL, (*starts, inner, *ends))]
-
-    def _buffer(self, target: Target) -> Buffer:
-        own = replace(self.kernel.buffer(target.buffer), name=f"{target.buffer}_block{len(self.sums)}")
-        self.sums.append(own)
-        return own

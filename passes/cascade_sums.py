@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 
 from apollo_fuse.expressions import Block, Load, Op
-from apollo_fuse.index import Atom, Index, Iterator, linearise, minimum, product
+from apollo_fuse.index import Index, linearise, product
 from apollo_fuse.kernel import (
     Buffer,
     Compute,
@@ -23,7 +23,7 @@ from apollo_fuse.kernel import (
     Scope,
     Step,
     Target,
-    substituted,
+    in_blocks_of,
     walk,
 )
 
@@ -69,10 +69,8 @@ class _Cascading:
             ends.setdefault(lanes, []).append(Compute(fold.statement, read, (target,), Op.ADD))
         if not own:
             return loop
-        block, row, limit = blocks_of(loop, BLOCK)
-        values: dict[Atom, Index] = {loop.iterator: Index.of(block) * BLOCK + Index.of(row)}
-        body = tuple(_folded_into(own, substituted(step, values)) for step in loop.body)
-        inner = Loop(row, LoopKind.SEQUENTIAL, body, limit)
+        block, inner = in_blocks_of(loop, BLOCK)
+        inner = replace(inner, body=tuple(_folded_into(own, step) for step in inner.body))
         return Loop(block, LoopKind.SEQUENTIAL, (*_in_lanes(starts), inner, *_in_lanes(ends)))
 
     def _adds_floats(self, fold: Compute) -> bool:
@@ -87,19 +85,6 @@ class _Cascading:
 def _is_long(loop: Loop) -> bool:
     known = loop.iterator.extent.constant
     return known is None or known > _SHORT
-
-
-def blocks_of(loop: Loop, length: int, suffix: str = "block") -> tuple[Iterator, Iterator, Index | None]:
-    """The loop over blocks of so many turns, the loop over the turns of one, and where a block ends early.
-
-    suffix: behind the loop's name, what makes one for the blocks that is none of the grid's.
-    """
-    extent = loop.iterator.extent
-    block = Iterator(f"{loop.iterator.name}_{suffix}", (extent + (length - 1)) // length)
-    even = loop.limit is None and extent.constant is not None and extent.constant % length == 0
-    turns = extent if loop.limit is None else minimum(extent, loop.limit)
-    limit = None if even else turns - Index.of(block) * length
-    return block, Iterator(loop.iterator.name, Index.of(length)), limit
 
 
 def _folds(steps: tuple[Step, ...], around: tuple[Loop, ...]) -> Generator[tuple[Compute, tuple[Loop, ...]]]:

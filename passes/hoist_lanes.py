@@ -11,7 +11,7 @@ from collections.abc import Iterator as Generator
 from dataclasses import dataclass, field, replace
 
 from apollo_fuse.expressions import Apply, Block, Constant, Load, Position
-from apollo_fuse.index import Atom, Index, Indirect, Iterator
+from apollo_fuse.index import ZERO, Atom, Index, Indirect, Iterator
 from apollo_fuse.kernel import Buffer, Compute, Kernel, Loop, LoopKind, Scope, Step, Target, written_by
 
 _DEAR = 4  # cheap operations from which on a read of what is kept costs less
@@ -55,7 +55,6 @@ class _Moving:
     first: int
     buffers: list[Buffer] = field(default_factory=list)
     before: list[Loop] = field(default_factory=list)
-    bytes: int = 0
 
     def out_of(self, steps: tuple[Step, ...], turning: frozenset[Atom]) -> tuple[Step, ...]:
         """The steps of loops over `turning`, reading what moved."""
@@ -89,10 +88,9 @@ class _Moving:
             own = moved.get(block)
             if own is None:
                 own = Buffer(f"lane{self.first + len(self.buffers)}", block.dtype, lane.extent, Scope.SHARED)
-                bytes_ = own.bytes.constant
-                if bytes_ is None or self.bytes + bytes_ > _MOST_BYTES:
+                bytes_ = sum((b.bytes for b in (*self.buffers, own)), ZERO).constant
+                if bytes_ is None or bytes_ > _MOST_BYTES:
                     continue
-                self.bytes += bytes_
                 self.buffers.append(own)
                 moved[block] = own
             reads[place] = Load(own.name, (Index.of(lane),), block.dtype)

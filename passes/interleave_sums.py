@@ -65,11 +65,12 @@ class _Interleaving:
             for fold in folds:
                 (target,) = fold.targets
                 if number:
-                    own = self._accumulator(target.buffer, number)
-                    starts.append(Initialise(own, Op.ADD))
-                    value = Block((Load(own.buffer, (ZERO,), self.kernel.buffer(target.buffer).dtype),))
-                    ends.append(Compute(f"{fold.statement}_{number}", value, (target,), Op.ADD))
-                    fold = replace(fold, statement=f"{fold.statement}_{number}", targets=(own,))
+                    statement = f"{fold.statement}_{number}"
+                    own = own_sum(self.kernel, fold, f"{target.buffer}_{number}", statement)
+                    self.partial.append(own.buffer)
+                    starts.append(own.start)
+                    ends.append(own.end)
+                    fold = replace(own.fold, statement=statement)
                 body.append(substituted(fold, {lane: Index.of(part) + part.extent * number}))
         steps = [*starts, Loop(part, LoopKind.LANE, tuple(body)), *ends]
         done = part.extent * _PARTS
@@ -86,10 +87,24 @@ class _Interleaving:
             return []
         return folds if sum(_cost(fold.block, loop.iterator) for fold in folds) <= _CHEAP else []
 
-    def _accumulator(self, name: str, number: int) -> Target:
-        own = replace(self.kernel.buffer(name), name=f"{name}_{number}")
-        self.partial.append(own)
-        return Target(own.name, ZERO)
+
+@dataclass(frozen=True, slots=True)
+class OwnSum:
+    """A sum apart from the one that a fold adds to: its start, the fold into it, and what adds it there."""
+
+    buffer: Buffer
+    start: Initialise
+    fold: Compute
+    end: Compute
+
+
+def own_sum(kernel: Kernel, fold: Compute, name: str, statement: str) -> OwnSum:
+    """One of this name; `statement` is that of its end."""
+    (target,) = fold.targets
+    buffer, own = replace(kernel.buffer(target.buffer), name=name), Target(name, ZERO)
+    read = Block((Load(name, (ZERO,), buffer.dtype),))
+    end = Compute(statement, read, (target,), Op.ADD)
+    return OwnSum(buffer, Initialise(own, Op.ADD), replace(fold, targets=(own,)), end)
 
 
 def sums_of(kernel: Kernel, loop: Loop) -> list[Compute]:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from apollo_fuse.index import Atom, Index, Iterator
-from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Scope, Step, substituted
-from apollo_fuse.passes.cascade_sums import blocks_of
+from apollo_fuse.index import Index, Iterator
+from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Scope, Step, in_blocks_of
 
 _FEWEST = 4  # columns
 _NEAR = 16 * 1024  # bytes of rows, which leave room for what is read
@@ -69,10 +68,6 @@ def _columns(kernel: Kernel, step: Step) -> _Columns | None:
 
 
 def _in_blocks(loops: Sequence[Loop], rows: int) -> Loop:
-    block, lane, limit = blocks_of(loops[0], rows, "near")
-    values: dict[Atom, Index] = {loops[0].iterator: Index.of(block) * rows + Index.of(lane)}
-    inner = (
-        Loop(lane, LoopKind.LANE, tuple(substituted(step, values) for step in loop.body), limit)
-        for loop in loops
-    )
-    return Loop(block, LoopKind.SEQUENTIAL, tuple(inner))
+    parts = [in_blocks_of(loop, rows, "near") for loop in loops]
+    block, _ = parts[0]  # alike for all
+    return Loop(block, LoopKind.SEQUENTIAL, tuple(inner for _, inner in parts))
