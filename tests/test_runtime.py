@@ -170,6 +170,16 @@ def test_an_explicit_library_is_taken(tmp_path: Path, library: Path) -> None:
     check(session(write_model(tmp_path / "m.onnx"), library=library), 4, 4, added=1000)
 
 
+def test_a_library_in_the_place_of_one_that_is_in_use_is_taken(tmp_path: Path) -> None:
+    model, library = write_model(tmp_path / "m.onnx"), tmp_path / "m.so"
+    build(library)
+    before = session(model)
+    check(before, 4, 5, added=1000)
+    build(library, KERNELS.replace("sum = 1000.0f;", "sum = 2000.0f;"))
+    check(session(model), 4, 5, added=2000)
+    check(before, 4, 5, added=1000)
+
+
 def test_a_missing_explicit_library_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no library at"):
         session(write_model(tmp_path / "m.onnx"), library=tmp_path / "absent.so")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 import onnxruntime
@@ -46,8 +47,12 @@ def session(
 
 
 def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
+    """Under a name of its own: the system opens no file of a name that it holds, be it another one by now."""
     try:
-        options.register_custom_ops_library(str(library.absolute()))
+        with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
+            name = Path(folder, library.name)
+            name.symlink_to(library.absolute())
+            options.register_custom_ops_library(str(name))
     except Exception as error:  # onnxruntime raises classes of its own for each status
         raise UsageError(
             f"the library {library} does not load on this machine ({platform.machine()}): it is damaged, or "
