@@ -17,7 +17,7 @@ from itertools import pairwise, zip_longest
 from apollo_fuse.extents import evaluate, evaluate_formula
 from apollo_fuse.index import Symbol
 from apollo_fuse.kernel import Kernel, KernelGroup, Scope
-from apollo_fuse.machine import Gpu, Level, Machine, Unit
+from apollo_fuse.machine import FUNCTIONS, Gpu, Level, Machine, Unit
 from apollo_fuse.occupancy import Block, reached
 from apollo_fuse.passes.tile_and_map import GRAIN
 from apollo_fuse.scop import Derived
@@ -32,6 +32,7 @@ _FINER = 4
 _MOVES = frozenset(
     {Unit.LOAD, Unit.STORE, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER, Unit.CLAMPED}
 )
+_DIVIDER = frozenset({Unit.DIVIDE, Unit.SQRT})  # a part of the core that additions and products leave idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,17 +289,23 @@ def missing(touched: int, room: int) -> float:
 
 def _core(stretch: Stretch, machine: Machine) -> tuple[float, float]:
     """Seconds of the iterations, and of the starts, of a stretch on one thread."""
-    arithmetic = ports = 0.0
+    arithmetic = divider = functions = ports = 0.0
     for (unit, size), count in stretch.operations.items():
         factor = 1.0 if stretch.is_vector else _scalar(unit, size, machine)
         seconds = count * factor * machine.of(unit, size)
         if unit in _MOVES:
             ports += seconds
+        elif unit in FUNCTIONS:  # which divide, too
+            functions += seconds
+        elif unit in _DIVIDER:
+            divider += seconds
         else:
             arithmetic += seconds
     chain = max((machine.of(unit, size) for unit, size in stretch.chains), default=0.0)
     whole = stretch.is_vector and stretch.is_ragged
-    turns = max(arithmetic, ports, chain) * (_whole(stretch, machine) if whole else stretch.turns)
+    turns = max(functions + max(arithmetic, divider), ports, chain) * (
+        _whole(stretch, machine) if whole else stretch.turns
+    )
     if not stretch.is_loop:
         return turns, 0.0
     return turns, stretch.starts * (machine.drain if stretch.is_awaited else machine.loop)

@@ -14,7 +14,7 @@ import pytest
 
 from apollo_fuse.calibration import measuring, stored
 from apollo_fuse.calibration.kernels import timeable
-from apollo_fuse.calibration.measuring import believed, cache_sizes
+from apollo_fuse.calibration.measuring import believed, bounded, cache_sizes
 from apollo_fuse.calibration.stored import calibrated, from_json, recall, remember, to_json
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import Cpu
@@ -129,6 +129,14 @@ def test_a_calibration_is_made_anew_on_demand(
 @pytest.mark.parametrize(("found", "kept"), [(2e-9, 2e-9), (1e-12, 1e-9), (1e-6, 1e-9), (0.0, 1e-9)])
 def test_a_figure_beyond_belief_is_left_at_the_description(found: float, kept: float) -> None:
     assert believed(found, 1e-9) == kept
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [([2e-6], 2e-6), ([8e-6, 3e-6], 3e-6), ([1e-3], 6e-6), ([0.0, 5e-6], 1e-6 / 6), ([], 1e-6)],
+)
+def test_threads_take_the_least_that_was_found_within_bounds(found: list[float], kept: float) -> None:
+    assert bounded(found, 1e-6) == pytest.approx(kept)
 
 
 def test_every_unit_has_a_kernel_or_a_loop_that_measures_it() -> None:

@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -34,7 +34,8 @@ _ROUNDS = 2
 _READING = 15e-6  # seconds that one takes, about
 _FACTOR = 20.0  # how far a figure may lie from the description
 _TOGETHER = 2e-3  # seconds that threads read at once, about
-_BUSY = 4.0  # the same of threads, which a machine that is busy with others does not show
+_TRIES = 10  # in which all of them may find a processor free
+_BUSY = 6.0  # the same of threads, which on a machine that is busy with others seem to take any time
 _LARGE = 48 << 20  # bytes of the tensors that are to come from memory
 _SMALL = 64 << 10
 _ITEM = 4 * LANES  # bytes of an item of float32
@@ -48,11 +49,14 @@ def measure(toolchain: Toolchain, cache: Path, threads: int) -> Machine:
     with tempfile.TemporaryDirectory(prefix="apollo-fuse-") as folder:
         library = Path(folder, "calibration.so")
         _build(toolchain, cache, threads, library)
-        calls = runtime.measure(library, threads, base)
+        partings = [runtime.parting(library, threads)] if threads > 1 else []
+        calls = runtime.measure(library, base)
         loops = _Loops.of(library)
         seconds = _operations(loops, base)
         levels = _levels(loops, base, threads)
         loop, drain = _starts(loops, seconds, base)
+        if threads > 1:  # others that take a processor meanwhile seldom do so twice
+            partings.append(runtime.parting(library, threads))
     return replace(
         base,
         name=cpu_name(),
@@ -63,15 +67,20 @@ def measure(toolchain: Toolchain, cache: Path, threads: int) -> Machine:
         drain=drain,
         node=believed(calls.node, base.node),
         argument=believed(calls.argument, base.argument),
-        launch=believed(calls.launch, base.launch, _BUSY),
-        wake=believed(calls.wake, base.wake, _BUSY),
+        launch=bounded((launch for launch, _ in partings), base.launch),
+        wake=bounded((wake for _, wake in partings), base.wake),
         runtime=calls.runtime,
     )
 
 
-def believed(found: float, described: float, factor: float = _FACTOR) -> float:
+def believed(found: float, described: float) -> float:
     """What was found, unless it is further from what is described than machines differ."""
-    return found if described / factor <= found <= described * factor else described
+    return found if described / _FACTOR <= found <= described * _FACTOR else described
+
+
+def bounded(found: Iterable[float], described: float) -> float:
+    """The least that was found of what threads take, within what they take on one machine or another."""
+    return max(described / _BUSY, min(min(found, default=described), described * _BUSY))
 
 
 def _build(toolchain: Toolchain, cache: Path, threads: int, library: Path) -> None:
@@ -203,7 +212,7 @@ def _together(loops: _Loops, items: int, threads: int) -> float:
     place = loops.timed.place("chain_add_float")
     runs = max(1, round(_TOGETHER / loops.seconds("chain_add_float", each, readings=1)))
     least = float("inf")
-    for _ in range(3):
+    for _ in range(_TRIES):
         readers = [
             threading.Thread(
                 target=loops.call,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -21,36 +22,33 @@ _READINGS = 15
 _READING = (
     40e-6  # seconds of runs in a row that one reading takes, about: short, to fall between what others do
 )
-_PATIENT = 4  # times as many readings where all processors have to be free at once
+_AWAKE = 1e-3  # the same of threads, which wake at once in some runs and late in most
 _CHAIN = 24  # nodes in a row
 _ROWS, _COLUMNS = 64, 256  # of what operators are timed on: it stays in the second level of cache
 _SPANS = 2048  # turns of a broadcast, over rows of 4
-_LITTLE, _MUCH = 2 * 22, 10 * 22  # items of the probe that the plugin parts in 2 and in 10
+_LITTLE, _MUCH = 2 * 58, 10 * 22  # items of a probe that the plugin parts for 2 threads, and for 10 or more
 DOMAIN = "apollo_fuse"
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Seconds: of a call of a kernel, of each of its tensors, of parting work, until a thread has woken."""
+    """Seconds of a call of a kernel, and of each of its tensors; and onnxruntime's own operators."""
 
     node: float
     argument: float
-    launch: float
-    wake: float
     runtime: Runtime
 
 
-def measure(library: Path, threads: int, base: Machine) -> Calls:
+def measure(library: Path, base: Machine) -> Calls:
     """Times the probes in `library` with onnxruntime, and its own operators."""
     assert base.runtime is not None
     node = _each("Mul", "", 3, None)
     calls = {tensors: _each(f"probe_{tensors}", DOMAIN, tensors, library) for tensors in (NARROW, WIDE)}
     argument = max((calls[WIDE] - calls[NARROW]) / (WIDE - NARROW), 0.0)
-    launch, wake = _threads(library, threads) if threads > 1 else (base.launch, base.wake)
     call = max(
         calls[NARROW] - NARROW * argument, node
     )  # what onnxruntime does for any node, it does for ours
-    return Calls(call, argument, launch, wake, _operators(base.runtime, node))
+    return Calls(call, argument, _operators(base.runtime, node))
 
 
 # -- calls and threads ----------------------------------------------------------------------
@@ -72,22 +70,20 @@ def _each(op_type: str, domain: str, tensors: int, library: Path | None) -> floa
     return max((seconds[1] - seconds[0]) / _CHAIN, 0.0)
 
 
-def _threads(library: Path, threads: int) -> tuple[float, float]:
+def parting(library: Path, threads: int) -> tuple[float, float]:
     """Seconds of parting a kernel among threads, and until the others have begun.
 
     Of little work, the thread that parts it has done all before another wakes; of much, the others lack what
-    is done until they do.
+    is done until they do. What they take in most runs, not what they take at best.
     """
-    launch = wake = 0.0
-    for items in (_LITTLE, _MUCH):
+    found: list[float] = []
+    for name, items in (("probe_light", _LITTLE), ("probe_work", _MUCH)):
         x = np.full((items, LANES), 0.9, np.float32)
-        model = _model([helper.make_node("probe_work", ["x"], ["y"], domain=DOMAIN)], {"x": x})
-        alone, shared = (_seconds(model, {"x": x}, count, library, _PATIENT) for count in (1, threads))
-        if items == _LITTLE:
-            launch = max(shared - alone, 0.0)
-        else:
-            wake = max((threads * (shared - launch) - alone) / (threads - 1), 0.0)
-    return launch, wake
+        model = _model([helper.make_node(name, ["x"], ["y"], domain=DOMAIN)], {"x": x})
+        readings = (_readings(model, {"x": x}, count, library, _AWAKE) for count in (1, threads))
+        found += (median(times) for times in readings)
+    launch = max(found[1] - found[0], 0.0)
+    return launch, max((threads * (found[3] - launch) - found[2]) / (threads - 1), 0.0)
 
 
 # -- operators ------------------------------------------------------------------------------
@@ -176,10 +172,15 @@ def _model(nodes: list[onnx.NodeProto], feeds: Mapping[str, np.ndarray]) -> byte
     return written
 
 
-def _seconds(
-    model: bytes, feeds: Mapping[str, np.ndarray], threads: int, library: Path | None, patience: int = 1
-) -> float:
-    """The least seconds of a run, over readings of one run or more."""
+def _seconds(model: bytes, feeds: Mapping[str, np.ndarray], threads: int, library: Path | None) -> float:
+    """The least seconds of a run."""
+    return min(_readings(model, feeds, threads, library, _READING))
+
+
+def _readings(
+    model: bytes, feeds: Mapping[str, np.ndarray], threads: int, library: Path | None, seconds: float
+) -> list[float]:
+    """Seconds of a run, by readings over one run or more, of so many seconds about."""
     options = session_options(threads)
     if library is not None:
         options.register_custom_ops_library(str(library))
@@ -192,11 +193,11 @@ def _seconds(
     run(binding)
     start = perf_counter()
     run(binding)
-    runs = max(1, round(_READING / (perf_counter() - start)))
-    least = float("inf")
-    for _ in range(patience * _READINGS):
+    runs = max(1, round(seconds / (perf_counter() - start)))
+    found: list[float] = []
+    for _ in range(_READINGS):
         start = perf_counter()
         for _ in range(runs):
             run(binding)
-        least = min(least, (perf_counter() - start) / runs)
-    return least
+        found.append((perf_counter() - start) / runs)
+    return found
