@@ -6,14 +6,14 @@ is what golden tests compare and ``--dump`` writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Iterator as Generator
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypeAlias
 
 from apollo_fuse.dtypes import DType
-from apollo_fuse.expressions import Block, Op
+from apollo_fuse.expressions import Apply, Block, Constant, Load, Op, Position, cost_of
 from apollo_fuse.graph import Value
 from apollo_fuse.index import ONE, ZERO, Atom, Index, Indirect, Iterator, minimum
 from apollo_fuse.scop import Derived, Extent
@@ -286,14 +286,55 @@ def strides(grid: tuple[Iterator, ...]) -> Generator[tuple[Iterator, Index]]:
 
 
 def work(steps: tuple[Step, ...]) -> Index:
-    """Cheap operations of the steps, reads and writes counted as two for each statement."""
+    """Cheap operations of the steps, reads and writes counted as two for each statement.
+
+    What is alike in all turns of a loop is counted once, as compilers compute it before the loop.
+    """
+    return _work(steps, (), ())
+
+
+def _work(steps: tuple[Step, ...], around: tuple[Iterator, ...], made: tuple[set[str], ...]) -> Index:
+    """made: for each loop around the steps, the tensors that it writes."""
     total = ZERO
     for step in steps:
         if isinstance(step, Loop):
-            total = total + work(step.body) * step.iterator.extent
+            total = total + _work(step.body, (*around, step.iterator), (*made, written_by(step.body)))
         elif isinstance(step, Compute):
-            total = total + (step.block.cost + 2)
+            *before, within = _costs_by_loop(step.block, around, made)
+            turns = ONE
+            for cost, iterator in zip(before, around, strict=True):
+                total = total + turns * cost
+                turns = turns * iterator.extent
+            total = total + turns * (within + 2)
     return total
+
+
+def _costs_by_loop(block: Block, around: tuple[Iterator, ...], made: tuple[set[str], ...] = ()) -> list[int]:
+    """Cheap operations that are to be computed outside of the loops, in the first of them, and so on.
+
+    made: for each loop the tensors that it writes.
+    """
+    costs = [0] * (len(around) + 1)
+    depths: list[int] = []
+    for item in block.instructions:
+        match item:
+            case Load(tensor, indices, _):
+                moved = _depth(around, {i for index in indices for i in index.iterators()})
+                depth = max([moved, *(d for d, names in enumerate(made, 1) if tensor in names)])
+            case Position(index, _):
+                depth = _depth(around, index.iterators())
+            case Apply(_, operands, _):
+                depth = max(depths[operand] for operand in operands)
+                costs[depth] += cost_of(item)
+            case Constant():
+                depth = 0
+        depths.append(depth)
+    return costs
+
+
+def _depth(around: tuple[Iterator, ...], moving: Collection[Iterator]) -> int:
+    """How many of the loops hold the innermost one of those that move a place."""
+    return max((depth for depth, iterator in enumerate(around, 1) if iterator in moving), default=0)
 
 
 def part_of(loop: Loop, start: Index, extent: Index) -> Loop:

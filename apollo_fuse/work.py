@@ -16,6 +16,7 @@ from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Constant, Load, Op, Position
 from apollo_fuse.index import Index, Indirect, Iterator, Maximum, Quotient
 from apollo_fuse.kernel import Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
+from apollo_fuse.kernel import work as operations
 from apollo_fuse.machine import UNITS, Machine, Unit, is_vectorised
 from apollo_fuse.strides import Numbers, Sizes
 from apollo_fuse.traffic import Access, Footprints, Traffic
@@ -92,7 +93,7 @@ class _Counting:
             for b in self.kernel.buffers
             if b.scope is not Scope.GLOBAL
         )
-        cheap = self._cheap(self.kernel.body)
+        cheap = self.numbers.number(operations(self.kernel.body))
         last = max((place for place, s in enumerate(self.stretches) if s.is_loop), default=0)
         stretches = (
             replace(s, is_awaited=bool(s.chains) and place < last) for place, s in enumerate(self.stretches)
@@ -104,17 +105,6 @@ class _Counting:
             tuple(found for pair in traffic for found in pair),
             local,
         )
-
-    def _cheap(self, steps: tuple[Step, ...]) -> int:
-        """Cheap operations of an item, as the generated code counts them."""
-        total = 0
-        for step in steps:
-            match step:
-                case Loop(iterator, _, body, _):
-                    total += self._cheap(body) * self.numbers.extent(iterator)
-                case Compute(_, block, _, _):
-                    total += block.cost + 2
-        return total
 
     # -- loops ------------------------------------------------------------------------------
 

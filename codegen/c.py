@@ -36,14 +36,13 @@ from apollo_fuse.kernel import (
     work,
     written_by,
 )
-from apollo_fuse.passes.cascade_lanes import cascade_lanes
 from apollo_fuse.passes.hoist_lanes import hoist_lanes
-from apollo_fuse.passes.interleave_sums import interleave_sums
 from apollo_fuse.passes.jam_rows import jam_rows
 from apollo_fuse.passes.near_rows import near_rows
 from apollo_fuse.passes.overlap_tails import overlap_tails
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
+from apollo_fuse.passes.sum_in_lanes import sum_in_lanes
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
 _LOWERING: tuple[Callable[[Kernel], Kernel], ...] = (
@@ -52,8 +51,7 @@ _LOWERING: tuple[Callable[[Kernel], Kernel], ...] = (
     jam_rows,
     split_borders,
     near_rows,
-    interleave_sums,
-    cascade_lanes,
+    sum_in_lanes,
     overlap_tails,
     in_blocks,
 )

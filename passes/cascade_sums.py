@@ -3,7 +3,7 @@
 Where each lane keeps a sum of its own, a loop over the rows adds all of them one after the other, and the
 error of the result grows with their number.  Sums of blocks that are added up in turn err as the length of a
 block and the number of blocks do (Higham, "The accuracy of floating point summation", 1993), for one more
-addition a block.  Sums that lanes share are for `cascade_lanes`.
+addition a block.  In C, sums that lanes share become such (`sum_in_lanes`).
 """
 
 from __future__ import annotations

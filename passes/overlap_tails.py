@@ -41,11 +41,11 @@ def _covered(kernel: Kernel, loop: Loop) -> list[Step]:
     if loop.limit is not None or extent is None or not _FEWEST <= extent < _LONG:
         return [loop]
     lanes = min(_LANES, 1 << (extent.bit_length() - 1))
-    if extent % lanes == 0 or not _may_repeat(kernel, loop):
+    if extent % lanes == 0 or not may_repeat(kernel, loop):
         return [loop]
     again = lanes - extent % lanes  # lanes of the last vector that are done already
     last = part_of(loop, Index.of(extent - lanes), Index.of(lanes))
-    fewer = tuple(_from(again, last.iterator, step) for step in last.body)
+    fewer = tuple(from_lane(again, last.iterator, step) for step in last.body)
     return [_vectors(loop, extent // lanes, lanes), replace(last, body=fewer)]
 
 
@@ -59,7 +59,7 @@ def _vectors(loop: Loop, count: int, lanes: int) -> Loop:
     return Loop(vector, LoopKind.SEQUENTIAL, (part_of(loop, Index.of(vector) * lanes, Index.of(lanes)),))
 
 
-def _may_repeat(kernel: Kernel, loop: Loop) -> bool:
+def may_repeat(kernel: Kernel, loop: Loop) -> bool:
     """Whether lanes lie side by side, and may be written twice: by what does not overwrite what is read."""
     computes = [step for step in loop.body if isinstance(step, Compute)]
     if len(computes) < len(loop.body) or not all(_side_by_side(step, loop.iterator) for step in computes):
@@ -81,7 +81,7 @@ def _memory(kernel: Kernel, names: set[str]) -> set[str]:
     return {b.host or b.name for b in buffers if b.scope is not Scope.REGISTER}
 
 
-def _from(first: int, lane: Iterator, step: Step) -> Step:
+def from_lane(first: int, lane: Iterator, step: Step) -> Step:
     """The step, of which the lanes before the first one combine nothing."""
     if not isinstance(step, Compute) or step.combine is None:
         return step

@@ -54,7 +54,7 @@ def test_the_plot_is_drawn_without_the_rows_that_failed(tmp_path: Path) -> None:
 
 
 def test_a_reduction_and_its_consumers_are_one_node_from_layer_two_on(tmp_path: Path) -> None:
-    found = ablate("rmsnorm_divided", tmp_path, seconds=0.02, threads=1)
+    found = ablate("rmsnorm", tmp_path, seconds=0.02, threads=1)
     assert found.variants is not None
     nodes = [found.variants[variant].nodes for variant in ("I", "I,II")]
     assert nodes[0] > nodes[1] == 1

@@ -74,6 +74,11 @@ def lane_loops(source: str) -> list[range]:
     return found
 
 
+def clears(lines: list[str], loop: range) -> bool:
+    """Whether all that a lane does is to set a sum to 0, which gcc knows a better way for than a loop."""
+    return len(loop) == 4 and lines[loop[2] - 1].endswith(" = 0.0f;")
+
+
 def vectorised_lines(source: str, folder: Path) -> set[int]:
     (folder / "source.c").write_text(source)
     command = [*TOOLCHAIN.command, *TOOLCHAIN.flags, f"-I{HEADERS}", "-c", "source.c", "-o", "source.o"]
@@ -109,5 +114,6 @@ def test_every_lane_loop_is_vectorised(name: str, tmp_path: Path) -> None:
         vectorised = vectorised_lines(source, tmp_path)
         loops = lane_loops(source)
         assert loops
-        scalar = [loop for loop in loops if not vectorised & set(loop)]
-        assert not scalar, f"{kernel}:\n" + "\n".join(source.splitlines()[n - 1] for n in scalar[0])
+        lines = source.splitlines()
+        scalar = [loop for loop in loops if not vectorised & set(loop) and not clears(lines, loop)]
+        assert not scalar, f"{kernel}:\n" + "\n".join(lines[n - 1] for n in scalar[0])
