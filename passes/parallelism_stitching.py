@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from apollo_fuse.passes.extract_clusters import node_successors
 
-MOST_TENSORS = 512
-"""Inputs and outputs of a stitch: the pointers in 4 KiB, which every CUDA device takes as arguments."""
+MOST_TENSORS = 8192
+"""Inputs and outputs of a stitch, whose places the plugin keeps on the stack."""
 FEW = 8
 """Of one kind; below this, what pays in a stitch alone is not worth a kernel."""
 

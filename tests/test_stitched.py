@@ -19,11 +19,10 @@ from apollo_fuse.codegen.triton.emit import Launch, emit_stitched
 from apollo_fuse.codegen.triton.stages import stages
 from apollo_fuse.gpu import KNOWN, GpuTarget
 from apollo_fuse.index import Index
-from apollo_fuse.passes.parallelism_stitching import ParallelismStitching
 from models import chains, memory_bound
 from tests.fusing import reference_session
 from tests.interpreted import candidates_of
-from tests.stub import Launched, Pretended, Process, Ran, Stub, fused, patched, run
+from tests.stub import Launched, Pretended, Process, Ran, Stub, fused, run
 from tests.test_launches import argument_bytes, check
 
 Array = np.ndarray
@@ -73,16 +72,10 @@ def test_many_equal_members_are_one_launch(process: Process, tmp_path: Path) -> 
     assert ran.counts["blocks_given"] == 1
 
 
-def run_wide(stub: Stub, model: onnx.ModelProto, feeds: Mapping[str, Array], folder: Path) -> Ran:
-    """As `run`, with stitches of more tensors than there ever are."""
-    with patched(ParallelismStitching.__init__, "__defaults__", (4 * MEMBERS,)):
-        return run(stub, model, feeds, folder)
-
-
 def test_more_members_than_a_launch_has_are_several(process: Process, tmp_path: Path) -> None:
     members = MEMBERS + 20
     model = each(members, "3", CHAIN)
-    ran = process(run_wide, model, feeds_of(model, dict.fromkeys(range(members), (3,))), tmp_path)
+    ran = process(run, model, feeds_of(model, dict.fromkeys(range(members), (3,))), tmp_path)
     assert ran.launched == ran.expected
     assert launched(ran) == {"write": -(-members * 4 // WRITTEN), "other": 2}
     for right, found in ran.outputs:

@@ -72,9 +72,20 @@ static int64_t item_from(const share *share, int64_t at) {
   return at <= share->start ? 0 : min((at - share->start + share->work - 1) / share->work, share->items);
 }
 
+/* The share of the work that is done at `at`. */
+static const share *share_at(const launch *self, int64_t at) {
+  const share *first = self->shares;
+  for (int32_t count = self->count; count > 1;) {
+    const int32_t half = count / 2;
+    if (first[half].start <= at) first += half;
+    count -= half;
+  }
+  return first;
+}
+
 static void run_items(const launch *self, int64_t begin, int64_t end, void *scratch) {
   const share *last = self->shares + self->count;
-  for (const share *share = self->shares; share < last && share->start < end; share++) {
+  for (const share *share = share_at(self, begin); share < last && share->start < end; share++) {
     const int64_t first = item_from(share, begin), behind = item_from(share, end);
     if (first < behind) share->kernel->run(share->part->buffers, share->part->n, scratch, first, behind);
   }
