@@ -3,7 +3,8 @@
 Every distinct kernel of the models is run by itself, as the plugin runs it: through onnxruntime, inputs
 bound, the least time. In turn with it runs an op with the same inputs and outputs and no kernel behind
 them; the difference is the kernel's own time, which the model has to predict. onnxruntime's own operators
-are measured the same way. The machine is calibrated once before; nothing is fitted to kernels.
+are measured the same way. The machine is calibrated before each model, since one that others use as well is
+not always as fast; nothing is fitted to kernels.
 """
 
 from __future__ import annotations
@@ -111,10 +112,11 @@ def _row(
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser_of("benchmarks.cost", __doc__, seconds=0.1).parse_args(arguments)
     options = Options()
-    machine = calibrated(Toolchain.find(os.environ), options.cache_dir, chosen.threads, anew=True)
+    toolchain = Toolchain.find(os.environ)
     rows: list[KernelRow] = []
     errors = Console(stderr=True)
     for name in chosen.only or models.names():
+        machine = calibrated(toolchain, options.cache_dir, chosen.threads, anew=True)
         try:
             rows += rows_of(name, machine, chosen.seconds, options)
         except Exception as error:  # a model that fails is a row of the table, and the others go on
