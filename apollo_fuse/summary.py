@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,10 +187,11 @@ def bytes_unfused(micro_graph: MicroGraph, sizes: Mapping[Symbol, int]) -> int:
 
 def bytes_fused(micro_graph: MicroGraph, sizes: Mapping[Symbol, int]) -> int:
     """Bytes that one kernel has to read and write in their stead, each once."""
-    read = 0
-    for value in micro_graph.inputs:
-        parts = [_read(value, o, sizes) for o in micro_graph.operators if value in o.inputs]
-        read += min(sum(parts), _bytes(value, sizes))
+    parts = Counter[Value]()
+    for operator in micro_graph.operators:
+        for value in set(operator.inputs):
+            parts[value] += _read(value, operator, sizes)
+    read = sum(min(parts[value], _bytes(value, sizes)) for value in micro_graph.inputs)
     return read + sum(_bytes(value, sizes) for value in micro_graph.outputs)
 
 

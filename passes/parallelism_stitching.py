@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from apollo_fuse.passes.extract_clusters import node_successors
 
-MOST_TENSORS = 8192
-"""Inputs and outputs of a stitch, whose places the plugin keeps on the stack."""
+MOST_TENSORS = 2048
+"""Inputs and outputs of a stitch; a larger one wakes threads less often, and takes longer to judge."""
 FEW = 8
 """Of one kind; below this, what pays in a stitch alone is not worth a kernel."""
 
