@@ -53,6 +53,11 @@ class Buffer:
         """On chip, where values keep the type that they are computed in; truth values are 4 bytes there."""
         return self.size * (4 if self.dtype is DType.BOOL else self.dtype.compute.size)
 
+    @property
+    def is_register(self) -> bool:
+        """Whether it is one value, that a register holds."""
+        return self.scope is Scope.REGISTER and self.size.is_one
+
     def __str__(self) -> str:
         inside = (
             ""
@@ -102,6 +107,12 @@ class Loop:
     kind: LoopKind
     body: tuple[Step, ...]
     limit: Index | None = None
+
+    @property
+    def turns(self) -> Index:
+        """How often it turns."""
+        extent = self.iterator.extent
+        return extent if self.limit is None else minimum(extent, self.limit)
 
 
 Step: TypeAlias = Loop | Compute | Initialise | Copy
@@ -309,7 +320,7 @@ def _work(steps: tuple[Step, ...], around: tuple[Iterator, ...], made: tuple[set
     return total
 
 
-def _costs_by_loop(block: Block, around: tuple[Iterator, ...], made: tuple[set[str], ...] = ()) -> list[int]:
+def _costs_by_loop(block: Block, around: tuple[Iterator, ...], made: tuple[set[str], ...]) -> list[int]:
     """Cheap operations that are to be computed outside of the loops, in the first of them, and so on.
 
     made: for each loop the tensors that it writes.
@@ -352,8 +363,7 @@ def in_blocks_of(loop: Loop, length: int, suffix: str = "block") -> tuple[Iterat
     extent = loop.iterator.extent
     block = Iterator(f"{loop.iterator.name}_{suffix}", (extent + (length - 1)) // length)
     even = loop.limit is None and extent.constant is not None and extent.constant % length == 0
-    turns = extent if loop.limit is None else minimum(extent, loop.limit)
-    limit = None if even else turns - Index.of(block) * length
+    limit = None if even else loop.turns - Index.of(block) * length
     return block, replace(part_of(loop, Index.of(block) * length, Index.of(length)), limit=limit)
 
 

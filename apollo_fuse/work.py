@@ -252,7 +252,7 @@ class _Body:
             return
         self._read.add((target.buffer, target.offset))
         buffer = self.counting.kernel.buffer(target.buffer)
-        if buffer.scope is Scope.REGISTER and buffer.size.is_one:
+        if buffer.is_register:
             return
         self.counting.access(target, around, False)
         if self.lane is None or self._moves(target.offset):
@@ -261,7 +261,7 @@ class _Body:
 
     def _write(self, target: Target, around: tuple[Iterator, ...], times: int) -> None:
         buffer = self.counting.kernel.buffer(target.buffer)
-        if buffer.scope is Scope.REGISTER and buffer.size.is_one:
+        if buffer.is_register:
             return
         self.counting.access(target, around, True)
         self._move(target, True, times)

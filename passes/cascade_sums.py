@@ -70,7 +70,7 @@ class _Cascading:
         if not own:
             return loop
         block, inner = in_blocks_of(loop, BLOCK)
-        inner = replace(inner, body=tuple(_folded_into(own, step) for step in inner.body))
+        inner = replace(inner, body=tuple(folded_into(own, step) for step in inner.body))
         return Loop(block, LoopKind.SEQUENTIAL, (*_in_lanes(starts), inner, *_in_lanes(ends)))
 
     def _adds_floats(self, fold: Compute) -> bool:
@@ -112,11 +112,11 @@ def _in_lanes(steps: Mapping[tuple[Loop, ...], list[Step]]) -> Generator[Step]:
         yield from body
 
 
-def _folded_into(own: Mapping[str, Target], step: Step) -> Step:
-    """The step with its folds going to sums of a block."""
+def folded_into(own: Mapping[str, Target], step: Step) -> Step:
+    """The step with its folds going to these sums in the place of the accumulators named."""
     match step:
         case Loop():
-            return replace(step, body=tuple(_folded_into(own, child) for child in step.body))
+            return replace(step, body=tuple(folded_into(own, child) for child in step.body))
         case Compute() if step.combine is not None and step.targets[0].buffer in own:
             return replace(step, targets=(own[step.targets[0].buffer],))
         case _:

@@ -43,10 +43,13 @@ def _covered(kernel: Kernel, loop: Loop) -> list[Step]:
     lanes = min(_LANES, 1 << (extent.bit_length() - 1))
     if extent % lanes == 0 or not may_repeat(kernel, loop):
         return [loop]
-    again = lanes - extent % lanes  # lanes of the last vector that are done already
+    return [_vectors(loop, extent // lanes, lanes), last_lanes(loop, extent, lanes, extent % lanes)]
+
+
+def last_lanes(loop: Loop, extent: int, lanes: int, left: int) -> Loop:
+    """So many lanes, which end where the loop does and of which only so many are left to do."""
     last = part_of(loop, Index.of(extent - lanes), Index.of(lanes))
-    fewer = tuple(from_lane(again, last.iterator, step) for step in last.body)
-    return [_vectors(loop, extent // lanes, lanes), replace(last, body=fewer)]
+    return replace(last, body=tuple(_from(lanes - left, last.iterator, step) for step in last.body))
 
 
 def _vectors(loop: Loop, count: int, lanes: int) -> Loop:
@@ -81,7 +84,7 @@ def _memory(kernel: Kernel, names: set[str]) -> set[str]:
     return {b.host or b.name for b in buffers if b.scope is not Scope.REGISTER}
 
 
-def from_lane(first: int, lane: Iterator, step: Step) -> Step:
+def _from(first: int, lane: Iterator, step: Step) -> Step:
     """The step, of which the lanes before the first one combine nothing."""
     if not isinstance(step, Compute) or step.combine is None:
         return step

@@ -38,9 +38,7 @@ def _parts(loop: Loop) -> list[Step]:
     between = _between(loop)
     if between is None:
         return [loop]
-    end = loop.iterator.extent
-    if loop.limit is not None:
-        end = minimum(end, loop.limit)
+    end = loop.turns
     first = minimum(maximum(between.first, ZERO), end)
     last = maximum(minimum(between.last, end), first)
     inside = (last - first).constant

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from apollo_fuse.expressions import Apply, BlockBuilder, Load, Op
-from apollo_fuse.index import ZERO, Index, Iterator, minimum
+from apollo_fuse.expressions import Apply, Block, Load, Op
+from apollo_fuse.index import ONE, ZERO, Index, Iterator
 from apollo_fuse.kernel import (
     Buffer,
     Compute,
@@ -26,8 +26,8 @@ from apollo_fuse.kernel import (
     part_of,
     with_lane_loops,
 )
-from apollo_fuse.passes.cascade_sums import cascade_sums
-from apollo_fuse.passes.overlap_tails import from_lane, may_repeat
+from apollo_fuse.passes.cascade_sums import cascade_sums, folded_into
+from apollo_fuse.passes.overlap_tails import last_lanes, may_repeat
 
 SUMS = 32
 VECTOR = 16  # sums of a row that is shorter than twice the others, and lanes that may cover the end of one
@@ -53,9 +53,10 @@ class _Rows:
             return [loop]
         width = VECTOR if known is not None and known < 2 * SUMS else SUMS
         sums = {fold.targets[0].buffer: self._sums(fold, width) for fold in folds}
-        lane = Iterator(loop.iterator.name, Index.of(width))
+        name = loop.iterator.name
+        lane = Iterator(name, Index.of(width))
         start = [Initialise(Target(own.name, Index.of(lane)), Op.ADD) for own in sums.values()]
-        end = [step for total, own in sums.items() for step in _added_up(own, total, loop.iterator.name)]
+        end = [step for total, own in sums.items() for step in _added_up(own, width, total, name)]
         return [Loop(lane, LoopKind.LANE, tuple(start)), *self._row(loop, sums, width), *end]
 
     def _sums(self, fold: Compute, width: int) -> Buffer:
@@ -67,66 +68,55 @@ class _Rows:
 
     def _row(self, loop: Loop, sums: dict[str, Buffer], width: int) -> list[Step]:
         """The loop in steps of so many lanes, and what is left of it."""
-        turns = loop.iterator.extent if loop.limit is None else minimum(loop.iterator.extent, loop.limit)
-        step = Iterator(f"{loop.iterator.name}_step", turns // width)
-        lanes = _side_by_side(part_of(loop, Index.of(step) * width, Index.of(width)), sums)
+        step = Iterator(f"{loop.iterator.name}_step", loop.turns // width)
+        lanes = _folding_into(sums, part_of(loop, Index.of(step) * width, Index.of(width)))
         steps = Loop(step, LoopKind.SEQUENTIAL, (lanes,))
         known = (*self.kernel.buffers, *self.buffers)
         cascaded = cascade_sums(replace(self.kernel, buffers=known, body=(steps,)))
         self.buffers += cascaded.buffers[len(known) :]
-        rest = turns - step.extent * width
+        rest = loop.turns - step.extent * width
         if rest.is_zero:
             return [*cascaded.body]
-        return [*cascaded.body, _side_by_side(_tail(self.kernel, loop, turns, rest), sums)]
+        return [*cascaded.body, _folding_into(sums, _tail(self.kernel, loop, rest))]
 
 
 def _folds(kernel: Kernel, loop: Loop) -> list[Compute]:
     """The sums of floating-point numbers that the lanes share, if these share nothing else."""
     computes = [step for step in loop.body if isinstance(step, Compute)]
-    shared = [step for step in computes if step.combine is not None and _is_register(kernel, step.targets[0])]
+    shared = [
+        step
+        for step in computes
+        if step.combine is not None and kernel.buffer(step.targets[0].buffer).is_register
+    ]
     floats = all(step.combine is Op.ADD and step.block.dtype.is_float for step in shared)
     return shared if floats and len(computes) == len(loop.body) else []
 
 
-def _is_register(kernel: Kernel, target: Target) -> bool:
-    buffer = kernel.buffer(target.buffer)
-    return buffer.scope is Scope.REGISTER and buffer.size.is_one
-
-
-def _tail(kernel: Kernel, loop: Loop, turns: Index, rest: Index) -> Loop:
+def _tail(kernel: Kernel, loop: Loop, rest: Index) -> Loop:
     """The last turns of the loop: where their number is known, in whole vectors that begin before them."""
-    known = rest.constant
-    if known is None or turns.constant is None or not may_repeat(kernel, loop):
-        return part_of(loop, turns - rest, rest)
-    lanes = VECTOR if known <= VECTOR else SUMS
-    last = part_of(loop, turns - lanes, Index.of(lanes))
-    return replace(last, body=tuple(from_lane(lanes - known, last.iterator, step) for step in last.body))
+    extent, left = loop.turns.constant, rest.constant
+    if extent is None or left is None or not may_repeat(kernel, loop):
+        return part_of(loop, loop.turns - rest, rest)
+    return last_lanes(loop, extent, VECTOR if left <= VECTOR else SUMS, left)
 
 
-def _side_by_side(loop: Loop, sums: dict[str, Buffer]) -> Loop:
-    """The loop with its sums going to those of its lanes."""
-
-    def own(step: Step) -> Step:
-        if not isinstance(step, Compute) or step.combine is None or step.targets[0].buffer not in sums:
-            return step
-        return replace(step, targets=(Target(sums[step.targets[0].buffer].name, Index.of(loop.iterator)),))
-
-    return replace(loop, body=tuple(map(own, loop.body)))
+def _folding_into(sums: dict[str, Buffer], loop: Loop) -> Loop:
+    """The loop with what it adds to totals going to the sums of its lanes."""
+    own = {total: Target(lanes.name, Index.of(loop.iterator)) for total, lanes in sums.items()}
+    return replace(loop, body=tuple(folded_into(own, step) for step in loop.body))
 
 
-def _added_up(sums: Buffer, total: str, name: str) -> list[Step]:
+def _added_up(sums: Buffer, width: int, total: str, name: str) -> list[Step]:
     """Adds the second half of the sums to the first, and so on, and the last two of them to the total."""
     steps: list[Step] = []
-    half = (sums.size.constant or 0) // 2
+    half = width // 2
     while half > 1:
         lane = Iterator(name, Index.of(half))
         here, there = Index.of(lane), Index.of(lane) + half
-        read = BlockBuilder()
-        read.add(Load(sums.name, (there,), sums.dtype))
-        add = Compute(f"{total}_{half}", read.build(), (Target(sums.name, here),), Op.ADD)
+        read = Block((Load(sums.name, (there,), sums.dtype),))
+        add = Compute(f"{total}_{half}", read, (Target(sums.name, here),), Op.ADD)
         steps.append(Loop(lane, LoopKind.LANE, (add,)))
         half //= 2
-    both = BlockBuilder()
-    last = tuple(both.add(Load(sums.name, (place,), sums.dtype)) for place in (ZERO, Index.of(1)))
-    both.add(Apply(Op.ADD, last, sums.dtype))
-    return [*steps, Compute(f"{total}_1", both.build(), (Target(total, ZERO),), Op.ADD)]
+    first, second = (Load(sums.name, (place,), sums.dtype) for place in (ZERO, ONE))
+    both = Block((first, second, Apply(Op.ADD, (0, 1), sums.dtype)))
+    return [*steps, Compute(f"{total}_1", both, (Target(total, ZERO),), Op.ADD)]

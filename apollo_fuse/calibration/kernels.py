@@ -113,7 +113,7 @@ def probes() -> dict[str, KernelGroup]:
     Items of work are parted among threads, by what is counted of it: simple operations take a vector of lanes
     less time than functions do.
     """
-    item, lane = _iterators()
+    item, _ = _iterators()
     flat = (Index.of(_ITEMS),)
     found: dict[str, KernelGroup] = {}
     for count in (NARROW, WIDE):
@@ -126,13 +126,8 @@ def probes() -> dict[str, KernelGroup]:
         found[f"probe_{count}"] = KernelGroup(inputs, (output,), (), _EXTENTS, (kernel,))
     shape = (Index.of(_ITEMS), Index.of(LANES))
     ends = tuple(Value(name, DType.FLOAT32, shape) for name in ("in0", "out0"))
-    buffers = tuple(Buffer(v.name, v.dtype, tensor_size(v), Scope.GLOBAL) for v in ends)
     for name, body in (("probe_light", _chain), ("probe_work", _functions)):
-        builder = BlockBuilder()
-        offset = Index.of(item) * LANES + Index.of(lane)
-        body(builder, builder.add(Load("in0", (offset,), DType.FLOAT32)), DType.FLOAT32)
-        compute = Compute("S0", builder.build(), (Target("out0", offset),))
-        kernel = Kernel("k0", buffers, (item,), (Loop(lane, LoopKind.LANE, (compute,)),))
+        kernel = _elementwise(name, DType.FLOAT32, DType.FLOAT32, body)
         found[name] = KernelGroup(ends[:1], ends[1:], (), _EXTENTS, (kernel,))
     return found
 

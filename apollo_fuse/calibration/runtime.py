@@ -76,14 +76,15 @@ def parting(library: Path, threads: int) -> tuple[float, float]:
     Of little work, the thread that parts it has done all before another wakes; of much, the others lack what
     is done until they do. What they take in most runs, not what they take at best.
     """
-    found: list[float] = []
-    for name, items in (("probe_light", _LITTLE), ("probe_work", _MUCH)):
+
+    def usual(name: str, items: int, count: int) -> float:
         x = np.full((items, LANES), 0.9, np.float32)
         model = _model([helper.make_node(name, ["x"], ["y"], domain=DOMAIN)], {"x": x})
-        readings = (_readings(model, {"x": x}, count, library, _AWAKE) for count in (1, threads))
-        found += (median(times) for times in readings)
-    launch = max(found[1] - found[0], 0.0)
-    return launch, max((threads * (found[3] - launch) - found[2]) / (threads - 1), 0.0)
+        return median(_readings(model, {"x": x}, count, library, _AWAKE))
+
+    launch = max(usual("probe_light", _LITTLE, threads) - usual("probe_light", _LITTLE, 1), 0.0)
+    alone, shared = (usual("probe_work", _MUCH, count) for count in (1, threads))
+    return launch, max((threads * (shared - launch) - alone) / (threads - 1), 0.0)
 
 
 # -- operators ------------------------------------------------------------------------------
