@@ -2,7 +2,8 @@
 
 A roofline with levels (Williams, Waterman and Patterson, "Roofline", CACM 52, 2009; the in-core part follows
 the ECM model of Hofmann, Eitzinger and Fey): work in the core and transfers between levels of memory overlap,
-so that the longer of the two counts, and what starts loops, items, threads and kernels comes on top.
+so that for the most part the longer of the two counts, and what starts loops, items, threads and kernels
+comes on top.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _MOVES = frozenset(
     {Unit.LOAD, Unit.STORE, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER, Unit.CLAMPED}
 )
 _DIVIDER = frozenset({Unit.DIVIDE, Unit.SQRT})  # a part of the core that additions and products leave idle
+_SHARPNESS = 4  # of the roof's edge: where core and memory take as long, a kernel takes a fifth longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +180,13 @@ def _launch(works: Sequence[Work], machine: Machine, threads: int) -> Cost:
     levels = machine.levels[1:]
     one = {level.name: moved[level.name].seconds(level, 1) for level in levels}
     if used == 1:
-        elapsed = max(core + starts, *one.values(), 0.0)
+        elapsed = _overlapped(core, max(one.values(), default=0.0)) + starts
     else:
         streamed = (_streamed(moved[x.name].seconds(x, used), one[x.name], machine.wake) for x in levels)
         computed = _schedule((core + starts) / chunks, chunks, used, machine.wake)
-        elapsed = machine.launch + max(computed, *streamed)
-    shared = max((core + starts) / used, *(moved[level.name].seconds(level, used) for level in levels), 0.0)
+        elapsed = machine.launch + _overlapped(computed, max(streamed, default=0.0))
+    together = max((moved[level.name].seconds(level, used) for level in levels), default=0.0)
+    shared = _overlapped(core / used, together) + starts / used
     return Cost(
         core,
         one,
@@ -216,6 +219,12 @@ def _on_gpu(works: Sequence[Work], machine: Machine, gpu: Gpu, block: Block, blo
         sum(work.compulsory for work in works),
         {name: m.read + m.written for name, m in moved.items()},
     )
+
+
+def _overlapped(core: float, memory: float) -> float:
+    """Seconds of work in the core and of transfers, where neither hides all of the other."""
+    longer, shorter = max(core, memory), min(core, memory)
+    return longer * (1 + (shorter / longer) ** _SHARPNESS) ** (1 / _SHARPNESS) if longer else 0.0
 
 
 def _chunks(items: int, cheap: int) -> int:
@@ -303,9 +312,8 @@ def _core(stretch: Stretch, machine: Machine) -> tuple[float, float]:
             arithmetic += seconds
     chain = max((machine.of(unit, size) for unit, size in stretch.chains), default=0.0)
     whole = stretch.is_vector and stretch.is_ragged
-    turns = max(functions + max(arithmetic, divider), ports, chain) * (
-        _whole(stretch, machine) if whole else stretch.turns
-    )
+    beside = max(arithmetic, divider) + (1 - machine.hidden) * min(arithmetic, divider)
+    turns = max(functions + beside, ports, chain) * (_whole(stretch, machine) if whole else stretch.turns)
     if not stretch.is_loop:
         return turns, 0.0
     return turns, stretch.starts * (machine.drain if stretch.is_awaited else machine.loop)

@@ -161,6 +161,7 @@ class Machine:
     source: where the figures are from.
     vector: bytes of the widest vector; line: of a cache line.
     seconds: of one operation on one element in a loop of vectors, by unit and by bytes of the element.
+    hidden: the share of additions, products and choices that divisions beside them hide, from 0 to 1.
     loop: of starting an innermost loop. drain: of a loop that sums or seeks a maximum, until what needs its
         result goes on. item: of starting a work item.
     node: of a call of a kernel by onnxruntime; argument: of each tensor of the call.
@@ -175,6 +176,7 @@ class Machine:
     ways: int
     levels: tuple[Level, ...]
     seconds: Mapping[tuple[Unit, int], float]
+    hidden: float
     loop: float
     drain: float
     item: float

@@ -49,6 +49,7 @@ def test_what_is_measured_is_a_plausible_machine(toolchain: Toolchain, cache: Pa
     assert {key for key in machine.seconds if key[1] == 4} >= {(unit, 4) for unit in Unit}
     for key, seconds in machine.seconds.items():
         assert math.isfinite(seconds) and 0 < seconds < 100 * described.of(*key)
+    assert 0 <= machine.hidden <= 1
     rates = [level.read for level in machine.levels]
     assert rates == sorted(rates, reverse=True)  # no level is faster than a nearer one
     assert machine.runtime is not None and machine.runtime.elements["Softplus"] > 0
@@ -89,6 +90,7 @@ def edit(change: Callable[[dict[str, object]], None]) -> Callable[[str], str]:
         edit(lambda machine: machine.pop("seconds")),
         edit(lambda machine: machine.update(loop=-1.0)),
         edit(lambda machine: machine.update(loop=float("nan"))),
+        edit(lambda machine: machine.update(hidden=1.5)),
         edit(lambda machine: machine.update(cores="two")),
         edit(lambda machine: machine.update(levels=[])),
         edit(lambda machine: machine.update(levels=[["L1", None, False, 1e9, 0, None]])),

@@ -32,6 +32,8 @@ CHAIN = 16
 """Simple operations in a row where one would hide behind the reads and writes around it."""
 MANY = 8
 """Operations side by side, where one in a row with others would wait for them."""
+DIVIDED = "divided"
+"""The kernel of a division with `MANY` simple operations beside it."""
 SHORT = 64
 """Turns of a loop whose start is looked for, beside one of twice as many."""
 APART = 7
@@ -94,6 +96,7 @@ def timeable() -> Timeable:
     units = tuple(_units())
     kernels = [timed.kernel for timed in units]
     kernels += [_copy(), _loads(), _fill(), _strip(), _rows(SHORT), _rows(2 * SHORT)]
+    kernels += [_elementwise(DIVIDED, DType.FLOAT32, DType.FLOAT32, _divided)]
     kernels += [_apart("gathered", True), _apart("scattered", False)]
     kernels += [_clamped(), _transposed("far_gathered", True), _transposed("far_scattered", False)]
     shape = (Index.of(_ITEMS), Index.of(LANES))
@@ -156,12 +159,16 @@ _CHAINS = {Unit.CHAIN_ADD: Op.ADD, Unit.CHAIN_MAX: Op.MAX}
 _Body = Callable[[BlockBuilder, int, DType], int]
 
 
-def _chain(builder: BlockBuilder, place: int, dtype: DType) -> int:
-    for step in range(CHAIN):
+def _chain(builder: BlockBuilder, place: int, dtype: DType, length: int = CHAIN) -> int:
+    for step in range(length):
         factor = builder.add(Constant(3 + step, dtype))
         other = Op.MUL if dtype.is_float else Op.XOR  # products of integers a compiler makes one of
         place = builder.add(Apply(other if step % 2 else Op.ADD, (place, factor), dtype))
     return place
+
+
+def _divided(builder: BlockBuilder, place: int, dtype: DType) -> int:
+    return _chain(builder, _with_constant(Op.DIV)(builder, place, dtype), dtype, MANY)
 
 
 def _functions(builder: BlockBuilder, place: int, dtype: DType) -> int:

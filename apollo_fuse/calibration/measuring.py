@@ -21,7 +21,7 @@ from time import perf_counter
 import numpy as np
 
 from apollo_fuse.calibration import kernels, runtime
-from apollo_fuse.calibration.kernels import LANES, SHORT, Timeable
+from apollo_fuse.calibration.kernels import DIVIDED, LANES, MANY, SHORT, Timeable
 from apollo_fuse.codegen import c, link
 from apollo_fuse.codegen.table import alone, tables
 from apollo_fuse.codegen.toolchain import Toolchain
@@ -54,6 +54,7 @@ def measure(toolchain: Toolchain, cache: Path, threads: int) -> Machine:
         loops = _Loops.of(library)
         seconds = _operations(loops, base)
         levels = _levels(loops, base, threads)
+        hidden = _hidden(loops, seconds)
         loop, drain = _starts(loops, seconds, base)
         if threads > 1:  # others that take a processor meanwhile seldom do so twice
             partings.append(runtime.parting(library, threads))
@@ -63,6 +64,7 @@ def measure(toolchain: Toolchain, cache: Path, threads: int) -> Machine:
         source=f"measured, as code for {toolchain.cpu} with {threads} threads",
         levels=levels,
         seconds=seconds,
+        hidden=hidden,
         loop=loop,
         drain=drain,
         node=believed(calls.node, base.node),
@@ -164,6 +166,14 @@ def _operations(loops: _Loops, base: Machine) -> dict[tuple[Unit, int], float]:
     for unit in (Unit.GATHER, Unit.SCATTER, Unit.CLAMPED, Unit.FAR_GATHER, Unit.FAR_SCATTER):
         found[unit, 8] = found[unit, 4]
     return found
+
+
+def _hidden(loops: _Loops, seconds: Mapping[tuple[Unit, int], float]) -> float:
+    """The share of the shorter one that does not show where arithmetic stands beside a division."""
+    arithmetic, divider = MANY * seconds[Unit.SIMPLE, 4], seconds[Unit.DIVIDE, 4]
+    both = loops.seconds(DIVIDED, _NEAREST) / (_NEAREST * LANES)
+    shown = (both - max(arithmetic, divider)) / min(arithmetic, divider)
+    return min(1.0, max(0.0, 1 - shown))
 
 
 def _starts(loops: _Loops, seconds: Mapping[tuple[Unit, int], float], base: Machine) -> tuple[float, float]:

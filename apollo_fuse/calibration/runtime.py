@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -26,7 +27,7 @@ _AWAKE = 1e-3  # the same of threads, which wake at once in some runs and late i
 _CHAIN = 24  # nodes in a row
 _ROWS, _COLUMNS = 64, 256  # of what operators are timed on: it stays in the second level of cache
 _SPANS = 2048  # turns of a broadcast, over rows of 4
-_LITTLE, _MUCH = 2 * 58, 10 * 22  # items of a probe that the plugin parts for 2 threads, and for 10 or more
+_LITTLE, _MUCH = 2 * 58, 6 * 22  # items of a probe that the plugin parts for 2 threads, and for 10 or more
 DOMAIN = "apollo_fuse"
 
 
@@ -77,14 +78,17 @@ def parting(library: Path, threads: int) -> tuple[float, float]:
     is done until they do. What they take in most runs, not what they take at best.
     """
 
-    def usual(name: str, items: int, count: int) -> float:
+    timed = []
+    for name, items in (("probe_light", _LITTLE), ("probe_work", _MUCH)):
         x = np.full((items, LANES), 0.9, np.float32)
         model = _model([helper.make_node(name, ["x"], ["y"], domain=DOMAIN)], {"x": x})
-        return median(_readings(model, {"x": x}, count, library, _AWAKE))
-
-    launch = max(usual("probe_light", _LITTLE, threads) - usual("probe_light", _LITTLE, 1), 0.0)
-    alone, shared = (usual("probe_work", _MUCH, count) for count in (1, threads))
-    return launch, max((threads * (shared - launch) - alone) / (threads - 1), 0.0)
+        timed += [_Timed.of(model, {"x": x}, count, library, _AWAKE) for count in (1, threads)]
+    readings = [
+        [one.reading() for one in timed] for _ in range(_READINGS)
+    ]  # in turn, to meet the same others
+    launch = max(median(parted - whole for whole, parted, *_ in readings), 0.0)
+    lost = median(threads * shared - alone for *_, alone, shared in readings) - threads * launch
+    return launch, max(lost / (threads - 1), 0.0)
 
 
 # -- operators ------------------------------------------------------------------------------
@@ -175,30 +179,39 @@ def _model(nodes: list[onnx.NodeProto], feeds: Mapping[str, np.ndarray]) -> byte
 
 def _seconds(model: bytes, feeds: Mapping[str, np.ndarray], threads: int, library: Path | None) -> float:
     """The least seconds of a run."""
-    return min(_readings(model, feeds, threads, library, _READING))
+    timed = _Timed.of(model, feeds, threads, library, _READING)
+    return min(timed.reading() for _ in range(_READINGS))
 
 
-def _readings(
-    model: bytes, feeds: Mapping[str, np.ndarray], threads: int, library: Path | None, seconds: float
-) -> list[float]:
-    """Seconds of a run, by readings over one run or more, of so many seconds about."""
-    options = session_options(threads)
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
-    for argument in session.get_inputs():
-        binding.bind_ortvalue_input(argument.name, ort.OrtValue.ortvalue_from_numpy(feeds[argument.name]))
-    binding.bind_output("y", "cpu")
-    run = session.run_with_iobinding
-    run(binding)
-    start = perf_counter()
-    run(binding)
-    runs = max(1, round(seconds / (perf_counter() - start)))
-    found: list[float] = []
-    for _ in range(_READINGS):
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A session, and of how many runs in a row a reading is."""
+
+    run: Callable[[], object]
+    runs: int
+
+    @classmethod
+    def of(
+        cls, model: bytes, feeds: Mapping[str, np.ndarray], threads: int, library: Path | None, seconds: float
+    ) -> _Timed:
+        """Of readings of so many seconds about."""
+        options = session_options(threads)
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        binding = session.io_binding()
+        for argument in session.get_inputs():
+            value = ort.OrtValue.ortvalue_from_numpy(feeds[argument.name])
+            binding.bind_ortvalue_input(argument.name, value)
+        binding.bind_output("y", "cpu")
+        run = partial(session.run_with_iobinding, binding)
+        run()
+        once = cls(run, 1).reading()
+        return cls(run, max(1, round(seconds / once)))
+
+    def reading(self) -> float:
+        """Seconds of a run."""
         start = perf_counter()
-        for _ in range(runs):
-            run(binding)
-        found.append((perf_counter() - start) / runs)
-    return found
+        for _ in range(self.runs):
+            self.run()
+        return (perf_counter() - start) / self.runs

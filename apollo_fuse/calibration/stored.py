@@ -16,7 +16,7 @@ from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import cpu_name
 from apollo_fuse.machine import Level, Machine, MachineError, Runtime, Unit
 
-FORMAT = 1
+FORMAT = 2
 """Grows when what is measured, or how it is kept, changes."""
 _PLAIN = ("name", "source", "cores", "vector", "line", "ways")
 _TIMES = ("loop", "drain", "item", "node", "argument", "launch", "wake")
@@ -59,6 +59,7 @@ def to_json(machine: Machine) -> dict[str, object]:
     return {
         **{name: getattr(machine, name) for name in (*_PLAIN, *_TIMES)},
         "levels": [[x.name, x.size, x.shared, x.read, x.write, x.most] for x in machine.levels],
+        "hidden": machine.hidden,
         "seconds": [[unit.value, size, seconds] for (unit, size), seconds in machine.seconds.items()],
         "runtime": {
             "node": runtime.node,
@@ -96,6 +97,7 @@ def from_json(found: Mapping[str, object]) -> Machine:
             for name, size, shared, read, write, most in levels
         ),
         seconds={(Unit(unit), _whole(size)): _positive(value) for unit, size, value in seconds},
+        hidden=_share(found["hidden"]),
         loop=_positive(found["loop"]),
         drain=_positive(found["drain"]),
         item=_positive(found["item"]),
@@ -121,6 +123,12 @@ def _whole(value: object) -> int:
 def _positive(value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{value!r} is no number above 0")
+    return float(value)
+
+
+def _share(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{value!r} is no share")
     return float(value)
 
 
