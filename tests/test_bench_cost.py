@@ -8,6 +8,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from apollo_fuse.cpu import Cpu
+from apollo_fuse.descriptions import generic
+from apollo_fuse.machine import Unit
+from benchmarks.cost import quietest
 from benchmarks.cost_table import (
     KernelRow,
     figures,
@@ -87,3 +91,15 @@ def test_a_line_of_markdown_has_as_many_cells_as_its_head() -> None:
         x for x in to_markdown([row(1e-5, 1e-5), FAILED], MACHINE, SETTINGS).splitlines() if x[:1] == "|"
     ]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_of_several_calibrations_each_figure_is_the_quietest() -> None:
+    machine = generic(Cpu("x86-64", 3), cores=2)
+    near, *further = machine.levels
+    busy = replace(
+        machine,
+        seconds=machine.seconds | {(Unit.EXP, 4): 1.0},
+        levels=(replace(near, read=near.read / 2), *further),
+        wake=machine.wake / 2,
+    )
+    assert quietest([machine, busy]) == quietest([busy, machine]) == replace(machine, wake=machine.wake / 2)
