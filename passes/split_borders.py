@@ -26,7 +26,7 @@ from apollo_fuse.kernel import (
 from apollo_fuse.passes.simplify import decided
 
 _FEWEST = 4  # lanes between the borders that are worth loops of their own, where their number is known
-_OPEN = 256  # what an open extent counts for
+_OPEN = 1 << 16  # what an open extent counts for: more than tiles hold, so that the middle lies in one
 
 
 def split_borders(kernel: Kernel) -> Kernel:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from apollo_fuse.index import Maximum
+from apollo_fuse.index import ZERO, Index, Maximum
 from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, walk
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.tolerance import compare
@@ -89,6 +89,29 @@ def test_edges_that_are_continued(mode: str, tmp_path: Path, cache: Path) -> Non
 def test_nothing_is_clamped_between_the_borders(name: str, tmp_path: Path) -> None:
     ((before, after),) = split(FORMS[name], tmp_path)
     assert clamps_along_lanes(before) and not clamps_along_lanes(after)
+
+
+@pytest.mark.parametrize("width", [60, 300, 1000])
+@pytest.mark.parametrize(
+    "model", [FORMS["max of 2 beside the edge"], FORMS["mean"], PADS["edge"], PADS["reflect"]]
+)
+def test_borders_are_a_few_lanes_of_a_row_of_any_width(
+    model: onnx.ModelProto, width: int, tmp_path: Path
+) -> None:
+    """In the first tile of many, of which each is longer than short rows are."""
+    ((_, after),) = split(model, tmp_path)
+    rows = [loop for loop in walk(after.body) if isinstance(loop, Loop)]
+    borders = sum(turns(loop, width) for loop in rows if loop.kind is LoopKind.SEQUENTIAL)
+    between = sum(turns(loop, width) for loop in rows if loop.kind is LoopKind.LANE)
+    assert 0 < borders <= 5 and width - 5 <= between + borders <= width + 5
+
+
+def turns(loop: Loop, width: int) -> int:
+    """How often it turns in the first blocks where each open extent is so many elements."""
+    first = loop.turns.substitute({iterator: ZERO for iterator in loop.turns.iterators()})
+    found = first.substitute({symbol: Index.of(width) for symbol in first.symbols()}).constant
+    assert found is not None
+    return found
 
 
 def test_a_loop_that_is_all_border_stays_whole(tmp_path: Path) -> None:
