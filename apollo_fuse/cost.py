@@ -31,7 +31,10 @@ _MOST_CHUNKS = (
 _FINER = 4
 
 _MOVES = frozenset(
-    {Unit.LOAD, Unit.STORE, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER, Unit.CLAMPED}
+    {
+        *(Unit.LOAD, Unit.STORE, Unit.STRIDED, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER),
+        Unit.CLAMPED,
+    }
 )
 _DIVIDER = frozenset({Unit.DIVIDE, Unit.SQRT})  # a part of the core that additions and products leave idle
 _SHARPNESS = 4  # of the roof's edge: where core and memory take as long, a kernel takes a fifth longer
@@ -322,15 +325,19 @@ def _core(stretch: Stretch, machine: Machine) -> tuple[float, float]:
 def _whole(stretch: Stretch, machine: Machine) -> float:
     """Iterations of a loop of vectors, with those that fill no vector counted for what they take.
 
-    What is left takes half a vector, then elements one by one; either takes half as long as a vector.
+    What is left takes half a vector, then elements one by one; either takes half as long as a vector. A loop
+    that is known to fill no vector is made of smaller ones.
     """
     if not stretch.starts:
         return 0.0
-    lanes = machine.lanes(max((size for _, size in stretch.operations), default=4))
+    widest = lanes = machine.lanes(max((size for _, size in stretch.operations), default=4))
     each = stretch.turns / stretch.starts
-    rest = each % lanes
+    while stretch.is_known and 1 < lanes > each:
+        lanes //= 2
+    vectors, rest = divmod(each, lanes)
     halves, single = divmod(rest, max(1, lanes // 2))
-    return stretch.starts * (each - rest + (halves + math.ceil(single)) * lanes / 2)
+    pieces = halves + math.ceil(single) + (vectors if lanes < widest else 2 * vectors)
+    return stretch.starts * pieces * widest / 2
 
 
 def _scalar(unit: Unit, size: int, machine: Machine) -> float:

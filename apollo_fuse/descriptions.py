@@ -41,6 +41,7 @@ _CYCLES_AN_ELEMENT = {
     Unit.POW: 26.0,
     Unit.REMAINDER: 6.0,
     Unit.LIBRARY: 35.0,
+    Unit.STRIDED: 0.12,
     Unit.GATHER: 0.3,
     Unit.SCATTER: 0.8,
     Unit.FAR_GATHER: 2.2,
@@ -196,6 +197,7 @@ def _gpu(
     moves = (
         Unit.LOAD,
         Unit.STORE,
+        Unit.STRIDED,
         Unit.GATHER,
         Unit.SCATTER,
         Unit.FAR_GATHER,

@@ -41,6 +41,7 @@ class Unit(Enum):
     LIBRARY = "library"  # functions that are calls of the C library
     LOAD = "load"  # of neighbouring elements into one vector
     STORE = "store"
+    STRIDED = "strided"  # of elements so near each other that they are shuffled out of vectors
     GATHER = "gather"  # of elements that are no neighbours
     SCATTER = "scatter"
     FAR_GATHER = "far_gather"  # of so many lines of the same few sets that the nearest cache loses them

@@ -22,6 +22,7 @@ from apollo_fuse.strides import Numbers, Sizes
 from apollo_fuse.traffic import Access, Footprints, Traffic
 
 _UNROLLED = 8  # turns of a loop up to which a compiler writes them out
+_SHUFFLED = 4  # elements from one read to the next, up to which compilers shuffle them out of vectors
 _READS = (Unit.LOAD, Unit.GATHER, Unit.FAR_GATHER)
 _WRITES = (Unit.STORE, Unit.SCATTER, Unit.FAR_SCATTER)
 
@@ -35,6 +36,7 @@ class Stretch:
     operations: operations of one iteration by unit and bytes of the element; chains: those of them that wait
         for the iteration before.
     is_ragged: whether each run of the loop may end within a vector, and not the last of many tiles alone.
+    is_known: whether a compiler sees how often the loop turns.
     is_awaited: whether a later loop of the item waits for what the chains come to.
     """
 
@@ -45,6 +47,7 @@ class Stretch:
     operations: Mapping[tuple[Unit, int], float]
     chains: Mapping[tuple[Unit, int], int]
     is_ragged: bool = True
+    is_known: bool = False
     is_awaited: bool = False
 
 
@@ -153,9 +156,10 @@ class _Counting:
     ) -> None:
         body = _Body(self, lane, written_out)
         body.steps(steps, around, 1)
+        known = lane is not None and lane.extent.constant is not None
         is_vector = lane is not None and body.is_vector
         self.stretches.append(
-            Stretch(starts, turns, lane is not None, is_vector, body.operations, body.chains, ragged)
+            Stretch(starts, turns, lane is not None, is_vector, body.operations, body.chains, ragged, known)
         )
 
     # -- traffic ----------------------------------------------------------------------------
@@ -296,6 +300,8 @@ class _Body:
         apart = abs(numbers.number(factor))
         if apart <= 1:
             return together
+        if not is_write and apart <= _SHUFFLED and factor.constant is not None:
+            return Unit.STRIDED
         crowded = self.counting.machine.is_crowded(apart * size, numbers.extent(self.lane))
         return far if crowded else near
 

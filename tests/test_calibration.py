@@ -146,6 +146,7 @@ def test_every_unit_has_a_kernel_or_a_loop_that_measures_it() -> None:
     moves = {
         Unit.LOAD,
         Unit.STORE,
+        Unit.STRIDED,
         Unit.GATHER,
         Unit.SCATTER,
         Unit.FAR_GATHER,

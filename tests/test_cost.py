@@ -141,6 +141,38 @@ def test_a_gather_touches_no_more_rows_than_there_are(
     assert table.accessed == 100 * 32 * 4
 
 
+@pytest.mark.parametrize(
+    ("apart", "unit"), [(1, Unit.LOAD), (2, Unit.STRIDED), (4, Unit.STRIDED), (5, Unit.GATHER)]
+)
+def test_elements_near_each_other_are_shuffled_out_of_vectors(
+    lower: Callable[[onnx.ModelProto], KernelGroup], apart: int, unit: Unit
+) -> None:
+    group = lower(
+        text_model(
+            f"""g (float[a, 640] x) => (float[a, {640 // apart}] y)
+            <int64[1] a = {{0}}, int64[1] b = {{640}}, int64[1] c = {{1}}, int64[1] d = {{{apart}}}>
+            {{ s = Slice(x, a, b, c, d) y = Exp(s) }}"""
+        )
+    )
+    (stretch,) = (s for work in works(group, sized(group, 4, 640)) for s in work.stretches if s.is_loop)
+    assert (unit, 4) in stretch.operations
+
+
+@pytest.mark.parametrize(("lanes", "halves"), [(32, 4), (16, 2), (14, 1 + 1 + 2), (24, 3), (17, 3)])
+def test_rows_that_fill_no_vector_take_what_compilers_make_of_them(
+    lower: Callable[[onnx.ModelProto], KernelGroup], lanes: int, halves: int
+) -> None:
+    """Whole vectors, halves and single elements, of which each takes half as long as a vector of 16."""
+    group = lower(
+        text_model(
+            f"g (float[a, 2, {lanes}] x, float[2, 1] b) => (float[a, 2, {lanes}] y) "
+            "{ t = Add(x, b) u = Mul(t, b) v = Add(u, b) w = Mul(v, b) y = Add(w, b) }"
+        )
+    )
+    cost = cost_of(group, bound(group, [(64, 2, lanes), (2, 1)], {}), CPU, 1)
+    assert cost.core == pytest.approx(64 * 2 * 8 * halves * 5 * CPU.of(Unit.SIMPLE, 4), rel=0.02)
+
+
 # -- what can only grow ------------------------------------------------------------------------------
 
 EXTENT = st.integers(1, 4096)

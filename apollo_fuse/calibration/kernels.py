@@ -97,7 +97,7 @@ def timeable() -> Timeable:
     kernels = [timed.kernel for timed in units]
     kernels += [_copy(), _loads(), _fill(), _strip(), _rows(SHORT), _rows(2 * SHORT)]
     kernels += [_elementwise(DIVIDED, DType.FLOAT32, DType.FLOAT32, _divided)]
-    kernels += [_apart("gathered", True), _apart("scattered", False)]
+    kernels += [_apart("strided", True, 2), _apart("gathered", True), _apart("scattered", False)]
     kernels += [_clamped(), _transposed("far_gathered", True), _transposed("far_scattered", False)]
     shape = (Index.of(_ITEMS), Index.of(LANES))
     inputs = tuple(Value(f"in{place}", dtype, shape) for place, dtype in enumerate(_TYPES))
@@ -333,10 +333,10 @@ def _strip() -> Kernel:
     )
 
 
-def _apart(name: str, is_read: bool) -> Kernel:
+def _apart(name: str, is_read: bool, distance: int = APART) -> Kernel:
     """Elements that are no neighbours, read into ones that are, or the other way round."""
     item, lane = _iterators(LANES // 2)
-    together, apart = Index.of(item) + Index.of(lane), Index.of(item) + Index.of(lane) * APART
+    together, apart = Index.of(item) + Index.of(lane), Index.of(item) + Index.of(lane) * distance
     block = Block((Load("in0", (apart if is_read else together,), DType.FLOAT32),))
     compute = Compute("S0", block, (Target("out0", together if is_read else apart),))
     return _kernel(name, (item,), (Loop(lane, LoopKind.LANE, (compute,)),))

@@ -157,13 +157,19 @@ def _operations(loops: _Loops, base: Machine) -> dict[tuple[Unit, int], float]:
     note(Unit.STORE, 4, stored)
     loaded = (loops.seconds("loads", _NEAREST) / (_NEAREST * LANES // 4) - stored) / 4
     note(Unit.LOAD, 4, loaded)
-    for unit, name in ((Unit.GATHER, "gathered"), (Unit.SCATTER, "scattered"), (Unit.CLAMPED, "clamped")):
+    parts = {
+        Unit.STRIDED: "strided",
+        Unit.GATHER: "gathered",
+        Unit.SCATTER: "scattered",
+        Unit.CLAMPED: "clamped",
+    }
+    for unit, name in parts.items():
         note(unit, 4, loops.seconds(name, _NEAREST) / (_NEAREST * LANES // 2))
     for unit, name in ((Unit.FAR_GATHER, "far_gathered"), (Unit.FAR_SCATTER, "far_scattered")):
         note(unit, 4, loops.seconds(name, 2 * _NEAREST) / (2 * _NEAREST * kernels.TILE))
     for unit in (Unit.LOAD, Unit.STORE):
         found |= {(unit, size): found[unit, 4] * size / 4 for size in (1, 2, 8)}
-    for unit in (Unit.GATHER, Unit.SCATTER, Unit.CLAMPED, Unit.FAR_GATHER, Unit.FAR_SCATTER):
+    for unit in (*parts, Unit.FAR_GATHER, Unit.FAR_SCATTER):
         found[unit, 8] = found[unit, 4]
     return found
 
