@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+from rich.console import Console
+
 import apollo_fuse
 import models
 from apollo_fuse.cpu import cpu_name
@@ -31,6 +33,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _ROW_SECONDS = 1800.0
 """A row that takes longer hangs."""
 _SPINNING_TURNS = 2
+_WIDE = 180  # characters of a line where no terminal says how many
 _PACKAGES = ("onnxruntime", "onnx", "numpy")
 
 
@@ -141,6 +144,11 @@ def parser_of(module: str, description: str | None, seconds: float) -> argparse.
     parser.add_argument("--seconds", type=float, default=seconds, help="of measuring for each comparison")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of all sessions")
     return parser
+
+
+def console() -> Console:
+    """As wide as the terminal, or where there is none as the widest table."""
+    return Console(width=None if sys.stdout.isatty() else _WIDE)
 
 
 def keep(chosen: argparse.Namespace, record: Mapping[str, object], markdown: str) -> None:

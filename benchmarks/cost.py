@@ -42,7 +42,7 @@ from apollo_fuse.partition import plan
 from apollo_fuse.predicted import extents_of
 from apollo_fuse.tolerance import Array
 from apollo_fuse.unfused import Ran, unfused_seconds
-from benchmarks.bench import keep, parser_of
+from benchmarks.bench import console, keep, parser_of
 from benchmarks.bench import machine as facts_of_machine
 from benchmarks.cost_table import KernelRow, summary, table, to_json, to_markdown
 
@@ -214,9 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = facts_of_machine() | {"predictions": calibrate().source}
     settings = {"seconds": chosen.seconds, "threads": chosen.threads}
     keep(chosen, to_json(rows, facts, settings), to_markdown(rows, facts, settings))
-    console = Console()
-    console.print(table(rows))
-    console.print(summary(rows), highlight=False)
+    printed = console()
+    printed.print(table(rows))
+    printed.print(summary(rows), highlight=False)
     return 1 if any(row.error is not None for row in rows) else 0
 
 

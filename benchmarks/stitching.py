@@ -20,7 +20,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import helper
-from rich.console import Console
 from rich.table import Table
 
 from apollo_fuse import onnx_io
@@ -32,7 +31,7 @@ from apollo_fuse.measure import Timing, interleaved, session_options
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.symbolic import infer_shapes
-from benchmarks.bench import machine
+from benchmarks.bench import console, machine
 from benchmarks.row import largest_difference
 from benchmarks.traffic import compulsory_bytes, moved_bytes
 from models import chains, memory_bound
@@ -231,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(*_HEADER)
     for result in results:
         table.add_row(*_cells(result))
-    Console().print(table)
+    console().print(table)
     if chosen.markdown is not None:
         chosen.markdown.write_text(to_markdown(results))
     if chosen.json is not None:
