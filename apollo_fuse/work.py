@@ -131,7 +131,8 @@ class _Counting:
         if known is not None and known <= _UNROLLED and len(body) == len(loop.body):
             self._stretch(loop.body, inside, turns, turns, None, written_out=True)
         elif loop.kind is LoopKind.LANE or len(body) + len(unrolled) == len(loop.body):
-            self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged)
+            known = loop.turns.constant is not None
+            self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged, known)
         else:
             self._steps(loop.body, inside, turns)
 
@@ -152,11 +153,11 @@ class _Counting:
         turns: float,
         lane: Iterator | None,
         ragged: bool = True,
+        known: bool = False,
         written_out: bool = False,
     ) -> None:
         body = _Body(self, lane, written_out)
         body.steps(steps, around, 1)
-        known = lane is not None and lane.extent.constant is not None
         is_vector = lane is not None and body.is_vector
         self.stretches.append(
             Stretch(starts, turns, lane is not None, is_vector, body.operations, body.chains, ragged, known)

@@ -158,14 +158,17 @@ def test_elements_near_each_other_are_shuffled_out_of_vectors(
     assert (unit, 4) in stretch.operations
 
 
-@pytest.mark.parametrize(("lanes", "halves"), [(32, 4), (16, 2), (14, 1 + 1 + 2), (24, 3), (17, 3)])
+@pytest.mark.parametrize(
+    ("extent", "lanes", "halves"),
+    [("32", 32, 4), ("16", 16, 2), ("14", 14, 1 + 1 + 2), ("24", 24, 3), ("17", 17, 3), ("c", 14, 1 + 6)],
+)
 def test_rows_that_fill_no_vector_take_what_compilers_make_of_them(
-    lower: Callable[[onnx.ModelProto], KernelGroup], lanes: int, halves: int
+    lower: Callable[[onnx.ModelProto], KernelGroup], extent: str, lanes: int, halves: int
 ) -> None:
     """Whole vectors, halves and single elements, of which each takes half as long as a vector of 16."""
     group = lower(
         text_model(
-            f"g (float[a, 2, {lanes}] x, float[2, 1] b) => (float[a, 2, {lanes}] y) "
+            f"g (float[a, 2, {extent}] x, float[2, 1] b) => (float[a, 2, {extent}] y) "
             "{ t = Add(x, b) u = Mul(t, b) v = Add(u, b) w = Mul(v, b) y = Add(w, b) }"
         )
     )
