@@ -18,7 +18,7 @@ from itertools import pairwise, zip_longest
 from apollo_fuse.extents import evaluate, evaluate_formula
 from apollo_fuse.index import Symbol
 from apollo_fuse.kernel import Kernel, KernelGroup, Scope
-from apollo_fuse.machine import FUNCTIONS, Gpu, Level, Machine, Unit
+from apollo_fuse.machine import FUNCTIONS, MOVES, Gpu, Level, Machine, Unit
 from apollo_fuse.occupancy import Block, reached
 from apollo_fuse.passes.tile_and_map import GRAIN
 from apollo_fuse.scop import Derived
@@ -30,12 +30,6 @@ _MOST_CHUNKS = (
 )
 _FINER = 4
 
-_MOVES = frozenset(
-    {
-        *(Unit.LOAD, Unit.STORE, Unit.STRIDED, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER),
-        Unit.CLAMPED,
-    }
-)
 _DIVIDER = frozenset({Unit.DIVIDE, Unit.SQRT})  # a part of the core that additions and products leave idle
 _SHARPNESS = 4  # of the roof's edge: where core and memory take as long, a kernel takes a fifth longer
 
@@ -305,7 +299,7 @@ def _core(stretch: Stretch, machine: Machine) -> tuple[float, float]:
     for (unit, size), count in stretch.operations.items():
         factor = 1.0 if stretch.is_vector else _scalar(unit, size, machine)
         seconds = count * factor * machine.of(unit, size)
-        if unit in _MOVES:
+        if unit in MOVES:
             ports += seconds
         elif unit in FUNCTIONS:  # which divide, too
             functions += seconds

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apollo_fuse.cpu import Cpu
-from apollo_fuse.machine import FUNCTIONS, Gpu, Level, Machine, Runtime, Unit
+from apollo_fuse.machine import FUNCTIONS, MOVES, Gpu, Level, Machine, Runtime, Unit
 
 _KIB, _MIB = 1 << 10, 1 << 20
 _GIGA = 1e9
@@ -194,19 +194,9 @@ def _gpu(
         (Unit.EXPM1, Unit.LOG1P, Unit.TANH, Unit.ERF, Unit.SIGMOID, Unit.SOFTPLUS), special + 8 * simple
     )
     costs |= {Unit.LIBRARY: 30 * simple}
-    moves = (
-        Unit.LOAD,
-        Unit.STORE,
-        Unit.STRIDED,
-        Unit.GATHER,
-        Unit.SCATTER,
-        Unit.FAR_GATHER,
-        Unit.FAR_SCATTER,
-        Unit.CLAMPED,
-    )
     total = near.most or near.read * gpu.multiprocessors
     seconds = {(unit, size): costs.get(unit, simple) * size / 4 for unit in Unit for size in (4, 8)}
-    seconds |= {(unit, size): size / total for unit in moves for size in (4, 8)}
+    seconds |= {(unit, size): size / total for unit in MOVES for size in (4, 8)}
     seconds |= {(unit, 8): 16 * costs.get(unit, simple) for unit in FUNCTIONS}
     return Machine(
         name=name,

@@ -82,6 +82,14 @@ UNITS: Mapping[Op, Unit] = {op: Unit.SIMPLE for op in Op} | {
 }
 """The unit of each operation."""
 
+MOVES = frozenset(
+    {
+        *(Unit.LOAD, Unit.STORE, Unit.STRIDED, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER),
+        Unit.CLAMPED,
+    }
+)
+"""Reads and writes."""
+
 FUNCTIONS = frozenset(
     {
         *(Unit.EXP, Unit.EXPM1, Unit.LOG, Unit.LOG1P, Unit.TANH, Unit.ERF, Unit.SIGMOID, Unit.SOFTPLUS),

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 import apollo_fuse
 import models
@@ -33,7 +33,6 @@ _ROOT = Path(__file__).resolve().parent.parent
 _ROW_SECONDS = 1800.0
 """A row that takes longer hangs."""
 _SPINNING_TURNS = 2
-_WIDE = 180  # characters of a line where no terminal says how many
 _PACKAGES = ("onnxruntime", "onnx", "numpy")
 
 
@@ -146,9 +145,10 @@ def parser_of(module: str, description: str | None, seconds: float) -> argparse.
     return parser
 
 
-def console() -> Console:
-    """As wide as the terminal, or where there is none as the widest table."""
-    return Console(width=None if sys.stdout.isatty() else _WIDE)
+def show(printed: RenderableType, markdown: str) -> None:
+    """What was found: as tables on a terminal, and where there is none, as text to keep."""
+    console = Console()
+    console.print(printed if console.is_terminal else markdown, markup=False, soft_wrap=True)
 
 
 def keep(chosen: argparse.Namespace, record: Mapping[str, object], markdown: str) -> None:

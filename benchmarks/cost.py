@@ -19,13 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
-from rich.console import Console
+from rich.console import Console, Group
 
 import models
 from apollo_fuse.acceptance import Region, needed_values
-from apollo_fuse.calibration.stored import calibrated
+from apollo_fuse.calibration.stored import TIMES, calibrated
 from apollo_fuse.capture import Captures, capture
 from apollo_fuse.codegen import c, link
 from apollo_fuse.codegen.table import alone, tables
@@ -42,7 +43,7 @@ from apollo_fuse.partition import plan
 from apollo_fuse.predicted import extents_of
 from apollo_fuse.tolerance import Array
 from apollo_fuse.unfused import Ran, unfused_seconds
-from benchmarks.bench import console, keep, parser_of
+from benchmarks.bench import keep, parser_of, show
 from benchmarks.bench import machine as facts_of_machine
 from benchmarks.cost_table import KernelRow, summary, table, to_json, to_markdown
 
@@ -51,7 +52,9 @@ _READINGS = 2  # of a round at least, each of as many runs as the idle op makes 
 _EMPTY = "empty_"  # before the names of ops whose kernel does nothing
 
 
-def rows_of(name: str, calibrate: Callable[[], Machine], seconds: float, options: Options) -> list[KernelRow]:
+def rows_of(
+    name: str, calibrate: Callable[[], Machine], threads: int, seconds: float, options: Options
+) -> list[KernelRow]:
     """A row for each distinct kernel of a model, each measured for so many seconds."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -60,14 +63,13 @@ def rows_of(name: str, calibrate: Callable[[], Machine], seconds: float, options
         distinct = list({x.variant: x for x in reversed(plan(start.model, options).candidates)}.values())
         if not distinct:
             return []
-        machines = [calibrate()]
-        threads = machines[0].cores
         library = folder / "kernels.so"
         _link(distinct, library, options, threads)
         captures = capture(clean, needed_values(distinct), {**start.defaults, **models.feeds(name)}, threads)
         opsets = dict(start.model.opset_imports)
         opened = [_open(x, opsets, captures, library, threads) for x in distinct]
         running = [x for x in opened if isinstance(x, _Running)]
+        machines: list[Machine] = []
         for _ in range(_ROUNDS):
             machines.append(calibrate())
             for one in running:
@@ -83,10 +85,7 @@ def rows_of(name: str, calibrate: Callable[[], Machine], seconds: float, options
 
 def quietest(machines: Sequence[Machine]) -> Machine:
     """Of a machine that was calibrated several times the figures that others disturbed the least."""
-
-    def least(figure: Callable[[Machine], float]) -> float:
-        return min(figure(machine) for machine in machines)
-
+    times: dict[str, Any] = {name: min(getattr(machine, name) for machine in machines) for name in TIMES}
     runtimes = [machine.runtime for machine in machines if machine.runtime is not None]
     levels = [
         replace(
@@ -102,13 +101,6 @@ def quietest(machines: Sequence[Machine]) -> Machine:
         levels=tuple(levels),
         seconds={key: min(machine.seconds[key] for machine in machines) for key in machines[0].seconds},
         hidden=statistics.median(machine.hidden for machine in machines),
-        loop=least(lambda machine: machine.loop),
-        drain=least(lambda machine: machine.drain),
-        item=least(lambda machine: machine.item),
-        node=least(lambda machine: machine.node),
-        argument=least(lambda machine: machine.argument),
-        launch=least(lambda machine: machine.launch),
-        wake=least(lambda machine: machine.wake),
         runtime=replace(
             runtimes[0],
             node=min(runtime.node for runtime in runtimes),
@@ -118,6 +110,7 @@ def quietest(machines: Sequence[Machine]) -> Machine:
             },
             span=min(runtime.span for runtime in runtimes),
         ),
+        **times,
     )
 
 
@@ -204,19 +197,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     toolchain = Toolchain.find(os.environ)
     rows: list[KernelRow] = []
     errors = Console(stderr=True)
-    calibrate = partial(calibrated, toolchain, options.cache_dir, chosen.threads, anew=True)
+    calibrate = partial(calibrated, toolchain, options.cache_dir, chosen.threads)
+    anew = partial(calibrate, anew=True)
     for name in chosen.only or models.names():
         try:
-            rows += rows_of(name, calibrate, chosen.seconds, options)
+            rows += rows_of(name, anew, chosen.threads, chosen.seconds, options)
         except Exception as error:  # a model that fails is a row of the table, and the others go on
             rows.append(KernelRow(name, "", "", error=f"{type(error).__name__}: {error}"))
         errors.print(f"{name}: {sum(row.model == name for row in rows)} kernels", highlight=False)
     facts = facts_of_machine() | {"predictions": calibrate().source}
     settings = {"seconds": chosen.seconds, "threads": chosen.threads}
-    keep(chosen, to_json(rows, facts, settings), to_markdown(rows, facts, settings))
-    printed = console()
-    printed.print(table(rows))
-    printed.print(summary(rows), highlight=False)
+    markdown = to_markdown(rows, facts, settings)
+    keep(chosen, to_json(rows, facts, settings), markdown)
+    show(Group(table(rows), summary(rows)), markdown)
     return 1 if any(row.error is not None for row in rows) else 0
 
 

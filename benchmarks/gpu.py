@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 import models
 from apollo_fuse.gpu import KNOWN
-from benchmarks.bench import Failed, child, each, keep, machine
+from benchmarks.bench import Failed, child, each, keep, machine, show
 from benchmarks.gpu_row import compiled_from
 from benchmarks.gpu_table import HEADER, Row, cells, missed, to_json, to_markdown
 from models import Builder
@@ -68,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     markdown = to_markdown(rows, machine())
     keep(chosen, to_json(rows, machine()), markdown)
-    console = Console()
-    console.print(printed(rows) if console.is_terminal else markdown, markup=False, soft_wrap=True)
+    show(printed(rows), markdown)
     return 1 if any(row.error is not None for row in rows) else 0
 
 

@@ -31,7 +31,7 @@ from apollo_fuse.measure import Timing, interleaved, session_options
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.symbolic import infer_shapes
-from benchmarks.bench import console, machine
+from benchmarks.bench import machine, show
 from benchmarks.row import largest_difference
 from benchmarks.traffic import compulsory_bytes, moved_bytes
 from models import chains, memory_bound
@@ -230,9 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(*_HEADER)
     for result in results:
         table.add_row(*_cells(result))
-    console().print(table)
+    markdown = to_markdown(results)
+    show(table, markdown)
     if chosen.markdown is not None:
-        chosen.markdown.write_text(to_markdown(results))
+        chosen.markdown.write_text(markdown)
     if chosen.json is not None:
         chosen.json.write_text(to_json(results, machine()))
     return 0 if all(result.holds for result in results) else 1

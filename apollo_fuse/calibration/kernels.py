@@ -32,8 +32,6 @@ CHAIN = 16
 """Simple operations in a row where one would hide behind the reads and writes around it."""
 MANY = 8
 """Operations side by side, where one in a row with others would wait for them."""
-DIVIDED = "divided"
-"""The kernel of a division with `MANY` simple operations beside it."""
 SHORT = 64
 """Turns of a loop whose start is looked for, beside one of twice as many."""
 APART = 7
@@ -96,7 +94,7 @@ def timeable() -> Timeable:
     units = tuple(_units())
     kernels = [timed.kernel for timed in units]
     kernels += [_copy(), _loads(), _fill(), _strip(), _rows(SHORT), _rows(2 * SHORT)]
-    kernels += [_elementwise(DIVIDED, DType.FLOAT32, DType.FLOAT32, _divided)]
+    kernels += [_elementwise("divided", DType.FLOAT32, DType.FLOAT32, _divided)]
     kernels += [_apart("strided", True, 2), _apart("gathered", True), _apart("scattered", False)]
     kernels += [_clamped(), _transposed("far_gathered", True), _transposed("far_scattered", False)]
     shape = (Index.of(_ITEMS), Index.of(LANES))
@@ -168,6 +166,7 @@ def _chain(builder: BlockBuilder, place: int, dtype: DType, length: int = CHAIN)
 
 
 def _divided(builder: BlockBuilder, place: int, dtype: DType) -> int:
+    """A division with `MANY` simple operations beside it."""
     return _chain(builder, _with_constant(Op.DIV)(builder, place, dtype), dtype, MANY)
 
 

@@ -21,7 +21,7 @@ from time import perf_counter
 import numpy as np
 
 from apollo_fuse.calibration import kernels, runtime
-from apollo_fuse.calibration.kernels import DIVIDED, LANES, MANY, SHORT, Timeable
+from apollo_fuse.calibration.kernels import LANES, MANY, SHORT, Timeable
 from apollo_fuse.codegen import c, link
 from apollo_fuse.codegen.table import alone, tables
 from apollo_fuse.codegen.toolchain import Toolchain
@@ -177,7 +177,7 @@ def _operations(loops: _Loops, base: Machine) -> dict[tuple[Unit, int], float]:
 def _hidden(loops: _Loops, seconds: Mapping[tuple[Unit, int], float]) -> float:
     """The share of the shorter one that does not show where arithmetic stands beside a division."""
     arithmetic, divider = MANY * seconds[Unit.SIMPLE, 4], seconds[Unit.DIVIDE, 4]
-    both = loops.seconds(DIVIDED, _NEAREST) / (_NEAREST * LANES)
+    both = loops.seconds("divided", _NEAREST) / (_NEAREST * LANES)
     shown = (both - max(arithmetic, divider)) / min(arithmetic, divider)
     return min(1.0, max(0.0, 1 - shown))
 

@@ -83,9 +83,8 @@ def parting(library: Path, threads: int) -> tuple[float, float]:
         x = np.full((items, LANES), 0.9, np.float32)
         model = _model([helper.make_node(name, ["x"], ["y"], domain=DOMAIN)], {"x": x})
         timed += [_Timed.of(model, {"x": x}, count, library, _AWAKE) for count in (1, threads)]
-    readings = [
-        [one.reading() for one in timed] for _ in range(_READINGS)
-    ]  # in turn, to meet the same others
+    # in turn, so that what others do meanwhile meets all of them
+    readings = [[one.reading() for one in timed] for _ in range(_READINGS)]
     launch = max(median(parted - whole for whole, parted, *_ in readings), 0.0)
     lost = median(threads * shared - alone for *_, alone, shared in readings) - threads * launch
     return launch, max(lost / (threads - 1), 0.0)

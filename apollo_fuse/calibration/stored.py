@@ -19,7 +19,7 @@ from apollo_fuse.machine import Level, Machine, MachineError, Runtime, Unit
 FORMAT = 2
 """Grows when what is measured, or how it is kept, changes."""
 _PLAIN = ("name", "source", "cores", "vector", "line", "ways")
-_TIMES = ("loop", "drain", "item", "node", "argument", "launch", "wake")
+TIMES = ("loop", "drain", "item", "node", "argument", "launch", "wake")
 
 
 def calibrated(toolchain: Toolchain, cache: Path, threads: int, anew: bool = False) -> Machine:
@@ -57,7 +57,7 @@ def to_json(machine: Machine) -> dict[str, object]:
     runtime = machine.runtime
     assert runtime is not None and machine.gpu is None, "what is kept is a processor"
     return {
-        **{name: getattr(machine, name) for name in (*_PLAIN, *_TIMES)},
+        **{name: getattr(machine, name) for name in (*_PLAIN, *TIMES)},
         "levels": [[x.name, x.size, x.shared, x.read, x.write, x.most] for x in machine.levels],
         "hidden": machine.hidden,
         "seconds": [[unit.value, size, seconds] for (unit, size), seconds in machine.seconds.items()],
