@@ -189,8 +189,9 @@ def test_a_shuffle_into_blocks_goes_from_memory_to_memory(tmp_path: Path, cache:
     out = net.op("ReorderInput", shuffled(net, "x", 2 * block_size(), 4), domain=DOMAIN)
     (candidate,) = candidates_of(net.model(out), tmp_path)[1]
     text = emit(candidate.group, candidate.name, "")
-    assert "af_transpose_at_32(out0" in text
     assert "_tile" not in text
+    if block_size() > 8:  # fewer channels are written side by side in one turn
+        assert "af_transpose_at_32(out0" in text
 
 
 @pytest.mark.parametrize("seed", range(12))

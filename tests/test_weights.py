@@ -89,7 +89,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def fused(model: Path, output: Path, cache: Path) -> Report:
-    return fuse(model, output, Options(measure=False, strict=True, cache_dir=cache, threads=2))
+    return fuse(model, output, Options(measure=False, strict=True, fuse_all=True, cache_dir=cache, threads=2))
 
 
 def assert_same(model: Path, output: Path) -> None:
