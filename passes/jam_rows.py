@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from apollo_fuse.expressions import Block, Load
-from apollo_fuse.index import ONE, Atom, Index, Iterator
+from apollo_fuse.index import ONE, ZERO, Atom, Index, Iterator
 from apollo_fuse.kernel import Buffer, Compute, Kernel, Loop, LoopKind, Scope, Step, substituted
 
 _ROWS = 4
@@ -40,21 +40,21 @@ class _Jam:
         return tuple(result)
 
     def _in_fours(self, rows: Loop, lanes: Loop) -> list[Step]:
-        extent = rows.iterator.extent.constant
-        assert extent is not None
+        extent = rows.iterator.extent
 
-        def part(start: int, count: int, together: int) -> Loop:
-            row = Iterator(rows.iterator.name, Index.of(count))
+        def part(start: Index, count: Index, together: int) -> Loop:
+            row = Iterator(rows.iterator.name, count)
             body: list[Step] = []
             for number in range(together):
-                place: dict[Atom, Index] = {rows.iterator: Index.of(row) * together + (start + number)}
+                place: dict[Atom, Index] = {rows.iterator: Index.of(row) * together + start + number}
                 moved = tuple(substituted(step, place) for step in lanes.body)
                 body += self._renamed(moved, f"_{number}") if number else moved
             return Loop(row, LoopKind.SEQUENTIAL, (replace(lanes, body=tuple(body)),))
 
-        fours, rest = divmod(extent, _ROWS)
-        parts = [part(0, fours, _ROWS)] if fours else []
-        return [*parts, *([part(extent - rest, 1, rest)] if rest else [])]
+        fours = extent // _ROWS
+        rest = extent - fours * _ROWS
+        left = part(fours * _ROWS, ONE, rest.constant) if rest.constant else part(fours * _ROWS, rest, 1)
+        return [*([] if fours.is_zero else [part(ZERO, fours, _ROWS)]), *([] if rest.is_zero else [left])]
 
     def _renamed(self, steps: tuple[Step, ...], suffix: str) -> list[Step]:
         """The steps of a row with names of their own for what they compute and pass on in registers."""
@@ -85,8 +85,7 @@ class _Jam:
 
 def _windowed_lanes(rows: Loop) -> Loop | None:
     """The lane loop that is all of a row, where neighbouring rows read the same elements."""
-    extent = rows.iterator.extent.constant
-    if len(rows.body) != 1 or rows.limit is not None or extent is None or extent < 2:
+    if len(rows.body) != 1 or rows.limit is not None or rows.iterator.extent.is_one:
         return None
     (lanes,) = rows.body
     if not isinstance(lanes, Loop) or lanes.kind is not LoopKind.LANE or lanes.limit is not None:

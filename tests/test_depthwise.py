@@ -111,11 +111,12 @@ def test_a_small_image_is_mostly_padding(tmp_path: Path) -> None:
     assert "padding" in refused.evidence
 
 
-def test_images_of_any_size(tmp_path: Path, cache: Path) -> None:
-    model = convolved(AROUND, SAME, x="N, 6, H, W")
+@pytest.mark.parametrize("w", [3, 5])
+def test_images_of_any_size(w: int, tmp_path: Path, cache: Path) -> None:
+    model = convolved(AROUND, f", pads = {[w // 2] * 4}", x="N, 6, H, W", w=(6, 1, w, w))
     fused = fuse_to_session(model, tmp_path, cache, shapes={"x": (1, 6, 20, 30)})
     assert not fused.unfused_nodes
-    for shape in ((1, 6, 20, 30), (3, 6, 5, 4), (1, 6, 300, 301)):
+    for shape in ((1, 6, 20, 30), (3, 6, 5, 4), (2, 6, 2, 50), (1, 6, 1, 1), (1, 6, 300, 301)):
         ((expected, found),) = fused.run({"x": normal(*shape)}).values()
         difference = compare("any size", expected, found)
         assert difference.passed, (shape, difference)
@@ -157,6 +158,12 @@ def test_rows_are_computed_in_fours(tmp_path: Path) -> None:
     assert before == [1] and after == [4, 3]
     four = max((loop for loop in lane_loops(jammed)), key=lambda loop: len(_reads(loop)))
     assert len(_reads(four)) == 18 + 9 + 1, "six rows of three, and the weights and the bias once"
+
+
+def test_rows_of_open_number_are_computed_in_fours_and_the_rest_one_by_one(tmp_path: Path) -> None:
+    (kernel,) = kernels(convolved(AROUND, SAME, x="N, 6, H, W"), tmp_path)
+    windows = [loop for loop in lane_loops(jam_rows(kernel)) if len(_reads(loop)) > 8]
+    assert [len(loop.body) for loop in windows] == [4, 1]
 
 
 def _reads(loop: Loop) -> set[object]:

@@ -16,8 +16,7 @@ from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
 from apollo_fuse.operators.registry import operator
 from apollo_fuse.operators.windows import FEW_TAPS, Window, tap_of, windows_of
 
-_FEW_WEIGHTS = 9
-_MOST_PADDED = 1.5  # elements of an image with what windows take beside it, for each of a result
+_MOST_PADDED = 1.5  # elements of an image with what windows take beside it, for each of its own
 
 
 @operator("Conv")
@@ -29,23 +28,27 @@ def convolution(o: Opener) -> Tensor:
         raise Unsupported("sums over channels")
     known = tuple(size for size in sizes if size is not None)
     windows = windows_of(o, x, known)
-    if math.prod(known) > FEW_TAPS or any(w.stride > 1 for w in windows):
+    if math.prod(known) > FEW_TAPS or windows[-1].stride > 1:
         raise Unsupported(
-            f"a window of {' x '.join(map(str, sizes))} or strides, which onnxruntime is fast at"
+            f"a window of {' x '.join(map(str, sizes))} or strides along rows, which onnxruntime is fast at"
         )
-    if _may_be_border(windows, math.prod(known)):
-        raise Unsupported("an image that is small beside its padding, or may be")
+    if _is_mostly_border(windows):
+        raise Unsupported("an image that is small beside its padding")
     padded, windows = _padded(x, windows)
     rank = len(known)
 
-    def product_at(tap: tuple[int, ...]) -> Tensor:
+    def with_tap(total: Tensor | None, tap: tuple[int, ...]) -> Tensor:
+        """The sum and a tap's product, rounded once as in onnxruntime's kernels."""
+        element = tap_of(padded, Op.ADD, 0.0, windows, tap)
         weight = _of_channel(weights, (ZERO, *map(Index.of, tap)), rank)
-        return tap_of(padded, Op.ADD, 0.0, windows, tap) * weight
+        return element * weight if total is None else o.apply(Op.MULTIPLY_ADD, element, weight, total)
 
-    lines = itertools.product(*map(range, known[:-1]))
-    sums = (reduce(add, (product_at((*line, last)) for last in range(known[-1]))) for line in lines)
-    total = reduce(add, sums)  # of each line of weights first: a chain of as many additions is waited for
-    return total + _of_channel(o.tensor(2, as_operand=True), (), rank) if o.has(2) else total
+    bias = _of_channel(o.tensor(2, as_operand=True), (), rank) if o.has(2) else None
+    lines: list[Tensor] = []  # of weights, one by one: a chain of as many additions is waited for
+    for line in itertools.product(*map(range, known[:-1])):
+        first, *others = ((*line, last) for last in range(known[-1]))
+        lines.append(reduce(with_tap, others, with_tap(None if lines else bias, first)))
+    return reduce(add, lines)
 
 
 def _of_channel(x: Tensor, place: Shape, rank: int) -> Tensor:
@@ -53,16 +56,19 @@ def _of_channel(x: Tensor, place: Shape, rank: int) -> Tensor:
     return x.view((x.shape[0], *(ONE for _ in range(rank))), lambda at: (at[0], *place))
 
 
-def _may_be_border(windows: Sequence[Window], weights: int) -> bool:
-    """Whether windows take much that lies beside the axes, which onnxruntime skips.
+def _is_mostly_border(windows: Sequence[Window]) -> bool:
+    """Whether windows take much that lies beside the image, which onnxruntime skips.
 
-    Of an image of open size that is not known; few weights cost little there.
+    An image of open size is taken for a large one.
     """
-    result = product(w.result for w in windows).constant
-    read = product(w.result + (w.reach - 1) for w in windows).constant
-    if result is None or read is None:
-        return weights > _FEW_WEIGHTS
-    return read > _MOST_PADDED * result
+    image = product(w.extent for w in windows).constant
+    read = product(_reach(w) for w in windows).constant
+    return image is not None and read is not None and read > _MOST_PADDED * image
+
+
+def _reach(window: Window) -> Index:
+    """From the first element that windows take to the last one, what lies beside the axis included."""
+    return (window.result - 1) * window.stride + window.reach
 
 
 def _padded(x: Tensor, windows: Sequence[Window]) -> tuple[Tensor, tuple[Window, ...]]:
@@ -70,7 +76,7 @@ def _padded(x: Tensor, windows: Sequence[Window]) -> tuple[Tensor, tuple[Window,
 
     Windows then read it without a choice, in lanes side by side, and what computes the tensor can join in.
     """
-    extents = [(w.result - 1) * w.stride + w.reach for w in windows]
+    extents = list(map(_reach, windows))
     each = [replace(w, result=e, size=1, stride=1, dilation=1) for w, e in zip(windows, extents, strict=True)]
     image = x.opener.kept(tap_of(x, Op.ADD, 0.0, each, (0,) * len(each)), row_axes=2)
     within = (replace(w, extent=e, before=0, after=0) for w, e in zip(windows, extents, strict=True))
