@@ -7,12 +7,14 @@ empty tensors, minima and maxima above all, is shown to it under a name of its o
 from __future__ import annotations
 
 import ast
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 from onnx_shape_inference import ShapeInferenceContext
 
-from apollo_fuse.extents import base_symbols, quotient, substituted
+from apollo_fuse.extents import at_least_zero, base_symbols, quotient, substituted
 from apollo_fuse.graph import Shape
 from apollo_fuse.index import Extreme, Index, Symbol
 
@@ -80,11 +82,12 @@ class Dimensions:
         A symbol gives way to a number, one with a formula to one without, and a later name to an earlier.
         """
         left, right = substituted(left, self.equal), substituted(right, self.equal)
-        lone = [symbol for symbol in map(_lone, (left, right)) if symbol is not None]
-        for symbol in sorted(lone, key=lambda s: (s.formula is not None, len(s.name), s.name), reverse=True):
-            other = right if left == Index.of(symbol) else left
-            if symbol not in _all_symbols(other):
-                self.equal[symbol] = other
+        sides = [(_multiple(one), other) for one, other in ((left, right), (right, left))]
+        found = [(*multiple, other) for multiple, other in sides if multiple is not None]
+        for symbol, factor, other in sorted(found, key=lambda item: _newness(item[0]), reverse=True):
+            value = other.exact_quotient(Index.of(factor))
+            if value is not None and symbol not in _all_symbols(value):
+                self.equal[symbol] = value
                 return
 
     def _parse(self, text: str) -> Index:
@@ -153,12 +156,22 @@ class _NoPolynomial(Exception):
     pass
 
 
-def _lone(index: Index) -> Symbol | None:
+def _multiple(index: Index) -> tuple[Symbol, int] | None:
+    """A symbol and the number that it is multiplied with, where an index is no more than that."""
     match index:
-        case Index(terms=(((Symbol() as symbol,), 1),)):
-            return symbol
+        case Index(terms=(((Symbol() as symbol,), factor),)):
+            return symbol, factor
         case _:
             return None
+
+
+def _newness(symbol: Symbol) -> tuple[bool, int, str]:
+    return symbol.formula is not None, len(symbol.name), symbol.name
+
+
+def _lone(index: Index) -> Symbol | None:
+    found = _multiple(index)
+    return None if found is None or found[1] != 1 else found[0]
 
 
 def _all_symbols(index: Index) -> set[Symbol]:
@@ -173,11 +186,28 @@ def _all_symbols(index: Index) -> set[Symbol]:
     return found
 
 
+def decider(extents: Sequence[Index]) -> Index | None:
+    """Of different extents that are broadcast, the one that all others have unless they are 1.
+
+    That is one which never is 1: an even number, for one. None where no extent is known to be such.
+    """
+    return next((extent for extent in extents if never_one(extent)), None)
+
+
+def never_one(extent: Index) -> bool:
+    """Whether an extent is proved to be another number than 1, in every run in which the model is valid."""
+    common = math.gcd(*(factor for _, factor in extent.terms))
+    return common != 1 or at_least_zero(extent - 2)
+
+
 def implied_equal(left: Index, right: Index) -> bool:
     """Whether two different extents, neither the number 1, can only be broadcast where they agree.
 
-    Of ``min(k, s)`` beside ``s``: where ``s > k >= 2`` neither is 1, and the model is not valid.
+    So do two of which neither can be 1. Of ``min(k, s)`` beside ``s``: where ``s > k >= 2`` neither is 1, and
+    the model is not valid.
     """
+    if never_one(left) and never_one(right):
+        return True
     for one, other in ((left, right), (right, left)):
         symbol = _lone(one)
         if symbol is not None and isinstance(symbol.formula, Extreme) and not symbol.formula.greatest:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 from onnx_shape_inference import ShapeInferenceContext, registry
 
-from apollo_fuse.dimensions import Dimensions, implied_equal
+from apollo_fuse.dimensions import Dimensions, decider, implied_equal
 from apollo_fuse.extents import greatest, quotient, sliced, substituted
 from apollo_fuse.graph import Shape
 from apollo_fuse.index import ONE, Index, Symbol, product
@@ -152,7 +152,7 @@ def _broadcast_to(at: _Inference, shapes: Sequence[Shape]) -> None:
         if known is not None:
             extents.append(at.dimensions.index(known))
         else:
-            extents.append(ONE if not wide else wide[0] if len(wide) == 1 else None)
+            extents.append(ONE if not wide else wide[0] if len(wide) == 1 else decider(wide))
     at.give_shape(extents)
 
 

@@ -27,6 +27,7 @@ from apollo_fuse.passes.simplify import decided
 
 _FEWEST = 4  # lanes between the borders that are worth loops of their own, where their number is known
 _OPEN = 1 << 16  # what an open extent counts for: more than tiles hold, so that the middle lies in one
+_EARLY = 64  # of how many parts of such a loop the first one is left out
 
 
 def split_borders(kernel: Kernel) -> Kernel:
@@ -122,9 +123,14 @@ def _decided(atom: Maximum, lane: Iterator, inside: frozenset[Iterator]) -> _Cho
 
 
 def _middle(index: Index) -> int:
-    """What it comes to in the middle of all loops, open extents being `_OPEN`."""
-    halves: dict[Atom, Index] = {i: (i.extent - 1) // 2 for i in index.iterators()}
-    index = index.substitute(halves)
+    """What it comes to in the middle of all loops, and early in those of open extents, which are `_OPEN`.
+
+    Not in their middle, since of two such extents one may be some times the other in every run.
+    """
+    places: dict[Atom, Index] = {
+        i: (i.extent - 1) // (2 if i.extent.constant is not None else _EARLY) for i in index.iterators()
+    }
+    index = index.substitute(places)
     found = index.substitute({symbol: Index.of(_OPEN) for symbol in index.symbols()}).constant
     assert found is not None, "iterators and symbols are all that there is"
     return found

@@ -106,6 +106,18 @@ def test_borders_are_a_few_lanes_of_a_row_of_any_width(
     assert 0 < borders <= 5 and width - 5 <= between + borders <= width + 5
 
 
+def test_what_may_be_one_row_is_read_along_all_of_a_row_of_as_many_times_another(tmp_path: Path) -> None:
+    """Of a pyramid's levels, the broadcast of a finer one and one made finer is all between the borders."""
+    model = text_model(
+        """g (float[N, W] x, float[N, V] y) => (float[N, U] z)
+        { a = Resize<mode = "nearest">(x, none, scales) z = Add(a, y) }""",
+        none=np.zeros(0, np.float32),
+        scales=np.array([1, 8], np.float32),
+    )
+    (kernel,) = kernels(model, tmp_path)
+    assert clamps_along_lanes(kernel) and not clamps_along_lanes(split_borders(kernel))
+
+
 def turns(loop: Loop, width: int) -> int:
     """How often it turns in the first blocks where each open extent is so many elements."""
     first = loop.turns.substitute({iterator: ZERO for iterator in loop.turns.iterators()})

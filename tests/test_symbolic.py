@@ -253,6 +253,48 @@ def test_of_two_open_extents_none_is_taken_for_their_broadcast(tmp_path: Path, c
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def twice(graph: Graph, x: str) -> str:
+    return graph.op("Resize", x, "", np.array([2, 1], np.float32), mode="nearest")
+
+
+@pytest.mark.parametrize("operator", ["Add", "Where", "Expand"])
+def test_an_extent_that_cannot_be_1_is_that_of_the_broadcast(
+    operator: str, tmp_path: Path, cache: Path
+) -> None:
+    """What lies beside twice as many rows as there are has as many, or one."""
+    graph = Graph("pyramid")
+    a, b = graph.input("a", ["n", 4]), graph.input("b", ["m", 4])
+    fine, coarse = graph.op("Exp", b), twice(graph, a)
+    match operator:
+        case "Add":
+            joined = graph.op("Add", fine, coarse)
+        case "Where":
+            joined = graph.op("Where", graph.op("Greater", coarse, 0.5), fine, 2.0)
+        case _:
+            joined = graph.op("Expand", fine, graph.op("Shape", coarse))
+    graph.output(graph.op("Abs", joined), "out", ["k", 4])
+    model = graph.model()
+    assert shapes_of(model, tmp_path)["out"] == "2*s0, 4"
+    fused = fuse_to_session(model, tmp_path, cache, shapes={"a": (3, 4), "b": (6, 4)})
+    assert not fused.unfused_nodes or operator == "Expand"
+    for rows in ((3, 6), (3, 1), (40, 80), (40, 1), (0, 0), (0, 1)):
+        feeds = {name: feed(n, 4)["x"] for name, n in zip("ab", rows, strict=True)}
+        ((expected, found),) = fused.run(feeds).values()
+        assert expected.shape == found.shape == (2 * rows[0], 4)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for session in (fused.original, fused.fused):
+        with pytest.raises(Exception, match="roadcast|expected equal|incompatible|invalid expand"):
+            session.run(None, {"a": np.ones((3, 4), np.float32), "b": np.ones((5, 4), np.float32)})
+
+
+def test_two_extents_that_cannot_be_1_are_broadcast_where_they_agree(tmp_path: Path) -> None:
+    graph = Graph("two_pyramids")
+    a, b = graph.input("a", ["n", 4]), graph.input("b", ["m", 4])
+    total = graph.op("Add", twice(graph, twice(graph, a)), twice(graph, b))
+    graph.output(graph.op("Mul", graph.op("Exp", total), twice(graph, b)), "out", ["k", 4])
+    assert shapes_of(graph.model(), tmp_path)["out"] == "4*s0, 4"
+
+
 def test_what_a_valid_run_makes_equal_is_one_extent(tmp_path: Path) -> None:
     graph = Graph("equal")
     a, b = graph.input("a", ["n", 4]), graph.input("b", ["m", 4])

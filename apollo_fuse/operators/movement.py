@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from apollo_fuse.dimensions import never_one
 from apollo_fuse.extents import greatest
 from apollo_fuse.graph import Pattern
 from apollo_fuse.index import ONE, ZERO, Index, product
@@ -152,16 +153,10 @@ def tile(o: Opener) -> Tensor:
 def expand(o: Opener) -> Tensor:
     require_known(o, 1)
     x, shape = o.tensor(0), o.output_shape()
-    skipped = len(shape) - len(x.shape)
-    for found, wanted in zip(x.shape, shape[skipped:], strict=True):
-        if not found.is_one and found != wanted:
+    for found, wanted in zip(x.shape, shape[len(shape) - len(x.shape) :], strict=True):
+        if not found.is_one and found != wanted and not never_one(wanted):
             raise Unsupported(f"cannot prove that the extents {found} and {wanted} are equal")
-    source = x.shape
-    return x.view(
-        shape,
-        lambda at: tuple(ZERO if e.is_one else i for i, e in zip(at[skipped:], source, strict=True)),
-        Pattern.BROADCAST,
-    )
+    return x.view(shape, lambda at: o.aligned(at, shape, x.shape), Pattern.BROADCAST)
 
 
 @operator("Slice")

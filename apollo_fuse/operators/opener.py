@@ -17,10 +17,11 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from apollo_fuse.dimensions import decider
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, BlockBuilder, Constant, Load, Op, Position, Reduction
 from apollo_fuse.graph import Pattern, Primitive, Shape, Value
-from apollo_fuse.index import ONE, ZERO, Index, Iterator, delinearise, linearise, product
+from apollo_fuse.index import ONE, ZERO, Index, Iterator, delinearise, linearise, minimum, product
 
 
 class Unsupported(Exception):
@@ -283,7 +284,7 @@ class Opener:
         shape = _broadcast([t.shape for t in operands])
         iterators, at = self._iterators(shape)
         builder = BlockBuilder()
-        places = tuple(self._read(builder, t, _aligned(at, shape, t.shape)) for t in operands)
+        places = tuple(self._read(builder, t, self.aligned(at, shape, t.shape)) for t in operands)
         builder.add(Apply(op, places, result))
         same = all(t.shape == shape for t in operands if not isinstance(t.content, Constant))
         pattern = Pattern.ELEMENTWISE if same else Pattern.BROADCAST
@@ -354,6 +355,21 @@ class Opener:
             self.primitives.append(primitive)
         return Tensor(self, output.dtype, shape, output.name)
 
+    def aligned(self, at: tuple[Index, ...], shape: Shape, operand: Shape) -> tuple[Index, ...]:
+        """The indices at which an operand is read when the broadcast result is computed at `at`.
+
+        An extent that may turn out to be 1, or else is the result's, is read no further than it goes.
+        """
+        skipped = len(shape) - len(operand)
+        places: list[Index] = []
+        for index, extent, result in zip(at[skipped:], operand, shape[skipped:], strict=True):
+            if extent.is_one or extent == result:
+                places.append(ZERO if extent.is_one else index)
+            else:
+                self.require_equal((extent - 1) * (extent - result), ZERO)
+                places.append(minimum(index, extent - 1))
+        return tuple(places)
+
     # -- internals --------------------------------------------------------------------------
 
     def _input(self, place: int) -> ir.Value:
@@ -407,19 +423,12 @@ def _broadcast(shapes: Sequence[Shape]) -> Shape:
     result: list[Index] = []
     for axis in range(-rank, 0):
         extents = {shape[axis] for shape in shapes if len(shape) >= -axis and not shape[axis].is_one}
-        if len(extents) > 1:
-            found = " and ".join(sorted(map(str, extents)))
-            raise Unsupported(f"cannot prove that the extents {found} are equal")
-        result.append(extents.pop() if extents else ONE)
+        found = extents.pop() if len(extents) == 1 else decider(sorted(extents, key=str)) if extents else ONE
+        if found is None:
+            names = " and ".join(sorted(map(str, extents)))
+            raise Unsupported(f"cannot prove that the extents {names} are equal")
+        result.append(found)
     return tuple(result)
-
-
-def _aligned(at: tuple[Index, ...], shape: Shape, operand: Shape) -> tuple[Index, ...]:
-    """The indices at which an operand is read when the result is computed at `at`."""
-    skipped = len(shape) - len(operand)
-    return tuple(
-        ZERO if extent.is_one else index for index, extent in zip(at[skipped:], operand, strict=True)
-    )
 
 
 def _text(shape: Shape) -> str:
