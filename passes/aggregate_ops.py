@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive, Value
+from apollo_fuse.graph import MicroGraph, Operator, Pattern, Primitive, Shape, Value
 from apollo_fuse.index import ZERO, Index, Iterator, product
+from apollo_fuse.passes.compute_in_parts import followed, pointwise
 from apollo_fuse.passes.contraction import Contraction
 
 CALLED = 16 * 1024  # elements that take less time to move than an operator takes to be called
@@ -45,6 +46,8 @@ class Area:
     rows: Index | None  # points that reductions keep; None without reductions
     cost: int
     in_parts: bool  # an operator writes its result in parts, as a concatenation does
+    followed: Shape | None  # the shape of such a result, where others can be written in the same parts
+    pointwise: Shape | None  # of all results, where each element is made of those at its own place
 
     @staticmethod
     def of(operator: Operator) -> Area:
@@ -59,7 +62,16 @@ class Area:
                 domain, rows = product(operator.outputs[0].shape), product(shape[:axes])
         results = [p.output.name for p in operator.primitives]
         in_parts = len(set(results)) < len(results)
-        return Area(operator.pattern, 1, domain, rows, operator.cost, in_parts)
+        return Area(
+            operator.pattern,
+            1,
+            domain,
+            rows,
+            operator.cost,
+            in_parts,
+            followed(operator) if in_parts else None,
+            pointwise(operator),
+        )
 
     def joined(self, other: Area) -> Area:
         return Area(
@@ -69,6 +81,14 @@ class Area:
             self.rows if self.rows is not None else other.rows,
             self.cost + other.cost,
             self.in_parts or other.in_parts,
+            self.followed or other.followed,
+            self.pointwise if self.pointwise == other.pointwise else None,
+        )
+
+    def may_read(self, producer: Area) -> bool:
+        """Whether a kernel can hold both: parts have no loop in common with whoever reads all of them."""
+        return not producer.in_parts or (
+            producer.followed is not None and producer.followed == self.pointwise
         )
 
 
@@ -244,6 +264,7 @@ class _Growth:
         self.areas = {place: Area.of(operator) for place, operator in enumerate(cluster)}
         self.made = [{v.name for v in operator.outputs} for operator in cluster]
         self.parted = [_parted(operator) for operator in cluster]
+        self.assembled = [_assembled(operator) for operator in cluster]
         self.windows = [_windowed(operator) - self.parted[n] for n, operator in enumerate(cluster)]
         self.read = [{v.name for v in operator.inputs if v.name in self.producer_of} for operator in cluster]
         self.sizes = {v.name: product(v.shape) for operator in cluster for v in operator.inputs}
@@ -325,7 +346,7 @@ class _Growth:
         a, b = self.areas[producer], self.areas[user]
         if a.operators + b.operators > self.limits.operators:
             return False
-        if a.in_parts:  # its parts have no loop in common with whoever reads all of them
+        if not b.may_read(a):
             return False
         if rule.only_sole_user and self.contraction.successors(producer) != {user}:
             return False
@@ -336,6 +357,8 @@ class _Growth:
             return False
         if self.contraction.detour(producer, user):
             return False
+        if self._crossing(producer, user) <= self.assembled[user]:  # so is what a part is made of, one to one
+            self.assembled[user] |= {name for name in self.read[producer] if self.sizes[name] == a.domain}
         self._merge(producer, user)
         return True
 
@@ -344,7 +367,7 @@ class _Growth:
         keep = self.contraction.merge(a, b)
         drop = b if keep == a else a
         self.areas[keep] = joined
-        for facts in (self.made, self.read, self.windows, self.parted):
+        for facts in (self.made, self.read, self.windows, self.parted, self.assembled):
             facts[keep] |= facts[drop]
         self.apart[keep] |= self.apart[drop]
 
@@ -359,12 +382,15 @@ class _Growth:
             or self.contraction.detour(b, a)
         )
 
+    def _crossing(self, producer: int, user: int) -> set[str]:
+        return self.made[producer] & self.read[user]
+
     def _relation(self, producer: int, user: int) -> Relation:
         """The most general relation of the tensors that cross from one area to the other."""
         size = self.areas[user].domain
-        crossing = self.made[producer] & self.read[user]
+        crossing = self._crossing(producer, user)
         sizes = {self.sizes[name] for name in crossing}
-        if sizes == {size} or crossing <= self.parted[user]:
+        if sizes == {size} or crossing <= self.parted[user] | self.assembled[user]:
             return Relation.ONE_TO_ONE
         smaller = all(s == size or size.exact_quotient(s) is not None for s in sizes)
         return Relation.BROADCAST if smaller else Relation.GENERAL
@@ -413,6 +439,14 @@ def _parted(operator: Operator) -> set[str]:
         for name, size in sizes.items()
         if len(read := points.get(name, ())) > 1 and sum(read, ZERO) == size
     }
+
+
+def _assembled(operator: Operator) -> set[str]:
+    """The inputs that the operator puts together: all of each is one of the parts that it writes."""
+    sizes = {v.name: product(v.shape) for v in operator.inputs}
+    parts = operator.primitives if followed(operator) is not None else ()
+    loads = ((load.tensor, _extents(p)[0]) for p in parts for load in p.block.loads)
+    return {name for name, points in loads if sizes[name] == points}
 
 
 def _is_large(value: Value) -> bool:

@@ -34,13 +34,14 @@ from apollo_fuse.index import (
 )
 from apollo_fuse.passes.access_composition import point_of, without_index_views
 from apollo_fuse.passes.bind_extents import bind_extents, needed_symbols
+from apollo_fuse.passes.compute_in_parts import compute_in_parts
+from apollo_fuse.passes.free_extents import free_extents, names_of, offset_of
 from apollo_fuse.passes.simplify import simplify
-from apollo_fuse.passes.split_axes import access_indices, split_axes
+from apollo_fuse.passes.split_axes import split_axes
 from apollo_fuse.passes.write_as_made import write_as_made
-from apollo_fuse.scop import LEAST_SAMPLE, Derived, Extent, Scop, Statement
+from apollo_fuse.scop import LEAST_SAMPLE, Derived, Scop, Statement
 
 RULE = "build_scop"
-_SHORT = 16  # greatest extent that stays a number where the others become symbols
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class BuildScop:
         try:
             results = frozenset(v.name for v in micro_graph.outputs)
             primitives = write_as_made(without_index_views(micro_graph.primitives), results)
+            primitives = compute_in_parts(primitives, results)
             kept = _kept(primitives, results)
             statements = split_axes(_inline(primitives, kept), kept - results)
             statements = [s for s in statements if not _is_void(s)]
@@ -187,13 +189,16 @@ class _Renaming:
     tensors: dict[str, str]
     symbols: dict[Symbol, Index]
     products: dict[Monomial, Symbol]
-    constants: dict[int, Symbol]
+    constants: dict[int, Index]
     first_free: int  # number of the first name that no extent has
     iterators: dict[Atom, Index] = field(default_factory=dict)
     taken: int = 0
     differences: dict[Index, Derived] = field(default_factory=dict)
 
     def index(self, index: Index) -> Index:
+        offset = offset_of(index)
+        if offset and offset in self.constants:
+            return self.index(index - offset) + self.constants[offset]
         for monomial, symbol in self.products.items():
             whole, rest = index.divide(Index(((monomial, 1),)))
             index = whole * Index.of(symbol) + rest
@@ -202,7 +207,7 @@ class _Renaming:
     def extent(self, extent: Index) -> Index:
         number = extent.constant
         if number in self.constants:
-            return Index.of(self.constants[number])
+            return self.constants[number]
         found = self.index(extent)
         if all(coefficient > -LEAST_SAMPLE if not m else coefficient > 0 for m, coefficient in found.terms):
             return found
@@ -253,8 +258,8 @@ def _canonical(micro_graph: MicroGraph, statements: list[Statement]) -> Scop:
     tensors |= {name: f"t{n}" for n, name in enumerate(kept)}
     required = tuple(dict.fromkeys(pair for o in micro_graph.operators for pair in o.required))
     binding = bind_extents(micro_graph.inputs, needed_symbols(statements, micro_graph.outputs, required))
-    freed = _freed(micro_graph.inputs, statements, len(binding.extents))
-    constants = {e.number: e.extent.symbol for e in freed}
+    freed = free_extents(micro_graph.inputs, statements, len(binding.extents))
+    constants = names_of(freed, statements)
     taken = len(binding.extents) + len(freed)
     renaming = _Renaming(tensors, binding.known, binding.products, constants, taken)
     sources, results, internal = (
@@ -267,40 +272,9 @@ def _canonical(micro_graph: MicroGraph, statements: list[Statement]) -> Scop:
         results,
         internal,
         renamed,
-        (*binding.extents, *(f.extent for f in freed), *renaming.differences.values()),
+        (*binding.extents, *freed.values(), *renaming.differences.values()),
         required=tuple((renaming.index(a), renaming.index(b)) for a, b in required),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Freed:
-    """A fixed extent that becomes a run-time one."""
-
-    number: int
-    extent: Extent
-
-
-def _freed(inputs: tuple[Value, ...], statements: list[Statement], taken: int) -> tuple[_Freed, ...]:
-    """The fixed extents that the code need not know, so that layers of different widths share a kernel.
-
-    Where accesses compute with extents these stay fixed, and in reductions, whose loops gain from a known
-    length. So do short axes, which are unrolled.
-    """
-    if not all(s.reduction is None and all(map(_is_plain, access_indices(s))) for s in statements):
-        return ()
-    found: dict[int, _Freed] = {}
-    for place, value in enumerate(inputs):
-        for axis, dim in enumerate(value.shape):
-            number = dim.constant
-            if number is not None and number > _SHORT and number not in found:
-                symbol = Symbol(f"n{taken + len(found)}")
-                found[number] = _Freed(number, Extent(symbol, place, axis, Index.of(1), Index.of(0)))
-    return tuple(found.values())
-
-
-def _is_plain(index: Index) -> bool:
-    """0, or one iterator."""
-    return index.is_zero or any(index == Index.of(iterator) for iterator in index.iterators())
 
 
 def _rename(statement: Statement, renaming: _Renaming) -> Statement:
