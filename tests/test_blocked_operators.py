@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -234,13 +233,6 @@ def test_what_lies_between_reorders(seed: int, tmp_path: Path, cache: Path) -> N
     )
     assert not model.unfused_nodes
     check(model, {"x": values("float32", (2, filled, *IMAGE), seed)})
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize("size", [8, 16])

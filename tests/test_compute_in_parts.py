@@ -11,6 +11,8 @@ import pytest
 from apollo_fuse.kernel import Compute, Kernel, walk
 from apollo_fuse.tolerance import compare
 from tests.fusing import fuse_to_session, kernels, planned
+from tests.interpreted import interpreted
+from tests.interpreter import Interpreter
 from tests.test_end_to_end import normal, text_model
 
 ROTARY = """g (float[2, 3, 20, 64] x, float[20, 64] c, float[20, 64] s) => (float[2, 3, 20, 64] y)
@@ -57,6 +59,15 @@ def test_they_compute_what_onnxruntime_does(name: str, tmp_path: Path, cache: Pa
     assert not fused.unfused_nodes
     for expected, found in fused.run({x: normal(*shape) for x, shape in shapes.items()}).values():
         difference = compare(name, expected, found)
+        assert difference.passed, difference
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_triton_computes_the_same(name: str, interpreter: Interpreter, tmp_path: Path) -> None:
+    shapes = SHAPES.get(name, BLOCK)
+    found = interpreted(MODELS[name], tmp_path, interpreter).run({x: normal(*s) for x, s in shapes.items()})
+    for expected, result in found.values():
+        difference = compare(name, expected, result)
         assert difference.passed, difference
 
 

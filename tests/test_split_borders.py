@@ -68,6 +68,14 @@ def test_windows_of_every_form_compute_what_onnxruntime_does(name: str, tmp_path
         assert difference.passed, (height, width, difference)
 
 
+@pytest.mark.parametrize("name", ["max", "mean of many"])
+def test_windows_over_nothing_are_an_error_as_they_were(name: str, tmp_path: Path, cache: Path) -> None:
+    fused = fuse_to_session(FORMS[name], tmp_path, cache, shapes={"x": (2, 3, 12, 40)})
+    for session in (fused.original, fused.fused):
+        with pytest.raises(Exception, match="expected equal|Invalid input shape|pool_attributes"):
+            session.run(None, {"x": normal(2, 3, 12, 0)})
+
+
 def test_a_last_window_that_is_not_full(tmp_path: Path, cache: Path) -> None:
     text = POOL.format(op="MaxPool", size=3, stride=2, pads="0, 0, 0, 0", more="ceil_mode = 1")
     fixed = text.replace("N, 3, H, W", "2, 3, 12, 40").replace("N, 3, P, Q", "2, 3, 6, 20")

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -38,13 +38,6 @@ from tests.test_models import small, small_feeds
 
 Array = np.ndarray
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 def text_model(text: str) -> onnx.ModelProto:
