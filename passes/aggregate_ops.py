@@ -62,16 +62,8 @@ class Area:
                 domain, rows = product(operator.outputs[0].shape), product(shape[:axes])
         results = [p.output.name for p in operator.primitives]
         in_parts = len(set(results)) < len(results)
-        return Area(
-            operator.pattern,
-            1,
-            domain,
-            rows,
-            operator.cost,
-            in_parts,
-            followed(operator) if in_parts else None,
-            pointwise(operator),
-        )
+        parts = followed(operator) if in_parts else None
+        return Area(operator.pattern, 1, domain, rows, operator.cost, in_parts, parts, pointwise(operator))
 
     def joined(self, other: Area) -> Area:
         return Area(

@@ -53,6 +53,7 @@ class BuildScop:
         try:
             results = frozenset(v.name for v in micro_graph.outputs)
             primitives = write_as_made(without_index_views(micro_graph.primitives), results)
+            _require_given_indices(primitives)
             primitives = compute_in_parts(primitives, results)
             kept = _kept(primitives, results)
             statements = split_axes(_inline(primitives, kept), kept - results)
@@ -81,19 +82,24 @@ def _is_void(statement: Statement) -> bool:
     return False
 
 
+def _require_given_indices(primitives: Sequence[Primitive]) -> None:
+    loads = [load for p in primitives for load in p.block.loads]
+    indirect = {
+        a.tensor for load in loads for i in load.indices for a in i.atoms() if isinstance(a, Indirect)
+    }
+    made = indirect & {p.output.name for p in primitives}
+    if made:
+        raise _NotExpressible("index tensor computed in the kernel", ", ".join(sorted(made)))
+
+
 def _kept(primitives: Sequence[Primitive], results: frozenset[str]) -> frozenset[str]:
     """The tensors that get statements of their own: the results, and what is not to be computed twice."""
     parts: dict[str, int] = {}
     readers: dict[str, list[Primitive]] = {}
-    indirect: set[str] = set()
     for primitive in primitives:
         parts[primitive.output.name] = parts.get(primitive.output.name, 0) + 1
         for load in primitive.block.loads:
             readers.setdefault(load.tensor, []).append(primitive)
-            indirect.update(a.tensor for i in load.indices for a in i.atoms() if isinstance(a, Indirect))
-    made = {p.output.name for p in primitives}
-    if indirect & made:
-        raise _NotExpressible("index tensor computed in the kernel", ", ".join(sorted(indirect & made)))
     kept = set(results)
     cost = _costs(primitives)
     roots: dict[str, set[str]] = {}

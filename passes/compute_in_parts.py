@@ -95,8 +95,9 @@ def _followers(primitives: Sequence[Primitive], whole: Value) -> frozenset[str]:
     made = [p.output.name for p in primitives]
     found = {whole.name}
     for primitive in primitives:
-        read = {load.tensor for load in primitive.block.loads if load.indices == primitive.indices}
-        if read & found and made.count(primitive.output.name) == 1 and _is_pointwise(primitive, whole.shape):
+        read = [load for load in primitive.block.loads if load.tensor in found]
+        alike = bool(read) and all(load.indices == primitive.indices for load in read)
+        if alike and made.count(primitive.output.name) == 1 and _is_pointwise(primitive, whole.shape):
             found.add(primitive.output.name)
     return frozenset(found - {whole.name})
 
