@@ -16,7 +16,7 @@ def free_extents(inputs: tuple[Value, ...], statements: list[Statement], taken: 
     """The fixed extents that the code need not know, so that layers of different widths share a kernel.
 
     Where accesses compute with extents these stay fixed, and in reductions, whose loops gain from a known
-    length. So do short axes, which are unrolled.
+    length. So do short axes, which are unrolled, and those of parts that lie side by side in a row.
     """
     found: dict[int, Extent] = {}
     for place, value in enumerate(inputs):
@@ -26,8 +26,15 @@ def free_extents(inputs: tuple[Value, ...], statements: list[Statement], taken: 
                 symbol = Symbol(f"n{taken + len(found)}")
                 found[number] = Extent(symbol, place, axis, Index.of(1), Index.of(0))
     offsets = found.keys() | _ends(statements, found.keys())
-    plain = all(_is_plain(index, offsets) for s in statements for index in access_indices(s))
-    return found if plain and all(s.reduction is None for s in statements) else {}
+    return found if all(_needs_no_extent(s, offsets) for s in statements) else {}
+
+
+def _needs_no_extent(statement: Statement, offsets: Collection[int]) -> bool:
+    """Whether no access computes with extents, but for where loops around the innermost one start."""
+    innermost = set(statement.iterators[-1:])
+    starts = (() if index.iterators() & innermost else offsets for index in access_indices(statement))
+    plain = all(map(_is_plain, access_indices(statement), starts))
+    return plain and statement.reduction is None
 
 
 def names_of(freed: Mapping[int, Extent], statements: list[Statement]) -> dict[int, Index]:
