@@ -193,6 +193,16 @@ def test_a_shuffle_into_blocks_goes_from_memory_to_memory(tmp_path: Path, cache:
         assert "af_transpose_at_32(out0" in text
 
 
+def test_what_may_be_one_row_is_not_broadcast_into_blocks(tmp_path: Path) -> None:
+    """isl takes minutes for that."""
+    net = Net(["n", block_size(), "h", "w"])
+    wide = net.op("Resize", "x", "", net.weight(np.array([1, 1, 2, 2], np.float32)), mode="nearest")
+    level = net.op("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2])
+    out = net.op("ReorderInput", net.op("Add", wide, level), domain=DOMAIN)
+    held = {node.op_type for c in candidates_of(net.model(out), tmp_path)[1] for node in c.part.nodes}
+    assert "Resize" in held and "Add" not in held
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_what_lies_between_reorders(seed: int, tmp_path: Path, cache: Path) -> None:
     """Random operators on rows, some of whose results others need too, then blocks again, and operators on them."""

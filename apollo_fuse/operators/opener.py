@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from apollo_fuse import blocked
 from apollo_fuse.dimensions import decider
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, BlockBuilder, Constant, Load, Op, Position, Reduction
@@ -365,6 +366,8 @@ class Opener:
         for index, extent, result in zip(at[skipped:], operand, shape[skipped:], strict=True):
             if extent.is_one or extent == result:
                 places.append(ZERO if extent.is_one else index)
+            elif any(user.domain == blocked.DOMAIN for user, _ in self.node.outputs[0].uses()):
+                raise Unsupported(f"blocks of what is {extent} elements along an axis or one")
             else:
                 self.require_equal((extent - 1) * (extent - result), ZERO)
                 places.append(minimum(index, extent - 1))
