@@ -16,7 +16,7 @@ from onnx_shape_inference import ShapeInferenceContext
 
 from apollo_fuse.extents import at_least_zero, base_symbols, quotient, substituted
 from apollo_fuse.graph import Shape
-from apollo_fuse.index import Extreme, Index, Symbol
+from apollo_fuse.index import ONE, Extreme, Index, Symbol
 
 _KEY = "apollo_fuse.dimensions"
 
@@ -186,16 +186,23 @@ def _all_symbols(index: Index) -> set[Symbol]:
     return found
 
 
-def decider(extents: Sequence[Index]) -> Index | None:
-    """Of different extents that are broadcast, the one that all others have unless they are 1.
+def wide_extents(shapes: Sequence[Shape], axis: int) -> list[Index]:
+    """The different extents along an axis, counted from the last, less those that are always 1."""
+    return list(dict.fromkeys(s[axis] for s in shapes if len(s) >= -axis and not s[axis].is_one))
 
-    That is one which never is 1: an even number, for one. None where no extent is known to be such.
+
+def broadcast_extent(wide: Sequence[Index]) -> Index | None:
+    """What different extents, none of them the number 1, are broadcast to; None where that is not known.
+
+    Of several it is one which never is 1 (an even number, for one): all others have it unless they are 1.
     """
-    return next((extent for extent in extents if never_one(extent)), None)
+    if len(wide) <= 1:
+        return wide[0] if wide else ONE
+    return next((extent for extent in wide if never_one(extent)), None)
 
 
 def never_one(extent: Index) -> bool:
-    """Whether an extent is proved to be another number than 1, in every run in which the model is valid."""
+    """Whether an extent is proved to be another number than 1."""
     common = math.gcd(*(factor for _, factor in extent.terms))
     return common != 1 or at_least_zero(extent - 2)
 

@@ -45,6 +45,13 @@ def greatest(left: Index, right: Index) -> Index | None:
     return None
 
 
+def is_empty(extent: Index) -> Index:
+    """1 where an axis has no elements, else 0."""
+    found = greatest(Index.of(0), 1 - extent)
+    assert found is not None, "0 is not below 0"
+    return found
+
+
 def _extreme(greatest: bool, left: Index, right: Index) -> Index:
     first, second = sorted((left, right), key=str)
     formula = Extreme(greatest, first, second)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 from onnx_shape_inference import ShapeInferenceContext, registry
 
-from apollo_fuse.dimensions import Dimensions, decider, implied_equal
+from apollo_fuse.dimensions import Dimensions, broadcast_extent, implied_equal, wide_extents
 from apollo_fuse.extents import greatest, quotient, sliced, substituted
 from apollo_fuse.graph import Shape
-from apollo_fuse.index import ONE, Index, Symbol, product
+from apollo_fuse.index import Index, Symbol, product
 from apollo_fuse.shape_arithmetic import ELEMENTWISE, Elements, aligned, decided
 
 _BEYOND_ANY_AXIS = 2**29
@@ -140,25 +140,20 @@ def _broadcast_to(at: _Inference, shapes: Sequence[Shape]) -> None:
         return
     axes = range(-len(shape), 0)
     for axis in axes if at.always_runs else ():
-        wide = _wide(shapes, axis)
+        wide = wide_extents(shapes, axis)
         if len(wide) == 2 and implied_equal(*wide):
             at.dimensions.equate(*wide)
     equal = at.dimensions.equal
     shapes = [tuple(substituted(extent, equal) for extent in s) for s in shapes]
     extents: list[Index | None] = []
     for axis in axes:
-        wide = _wide(shapes, axis)
+        wide = wide_extents(shapes, axis)
         known = shape[axis] if isinstance(shape[axis], int) else None
         if known is not None:
             extents.append(at.dimensions.index(known))
         else:
-            extents.append(ONE if not wide else wide[0] if len(wide) == 1 else decider(wide))
+            extents.append(broadcast_extent(wide))
     at.give_shape(extents)
-
-
-def _wide(shapes: Sequence[Shape], axis: int) -> list[Index]:
-    """The different extents along an axis, less those that are always 1."""
-    return list(dict.fromkeys(s[axis] for s in shapes if len(s) >= -axis and not s[axis].is_one))
 
 
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)

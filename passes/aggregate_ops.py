@@ -50,7 +50,7 @@ class Area:
     pointwise: Shape | None  # of all results, where each element is made of those at its own place
 
     @staticmethod
-    def of(operator: Operator) -> Area:
+    def of(operator: Operator, followed: Shape | None = None, pointwise: Shape | None = None) -> Area:
         domain, rows = Index.of(0), None
         moving = [p for p in operator.primitives if p.pattern is not Pattern.RESHAPE]
         for primitive in moving or operator.primitives:
@@ -62,8 +62,7 @@ class Area:
                 domain, rows = product(operator.outputs[0].shape), product(shape[:axes])
         results = [p.output.name for p in operator.primitives]
         in_parts = len(set(results)) < len(results)
-        parts = followed(operator) if in_parts else None
-        return Area(operator.pattern, 1, domain, rows, operator.cost, in_parts, parts, pointwise(operator))
+        return Area(operator.pattern, 1, domain, rows, operator.cost, in_parts, followed, pointwise)
 
     def joined(self, other: Area) -> Area:
         return Area(
@@ -253,10 +252,17 @@ class _Growth:
         for name, producer in self.producer_of.items():
             successors[producer].update(self.readers.get(name, ()))
         self.contraction = Contraction(successors)
-        self.areas = {place: Area.of(operator) for place, operator in enumerate(cluster)}
+        parts = [followed(operator) for operator in cluster]
+        alike = list(map(pointwise, cluster)) if any(parts) else [None] * len(cluster)
+        self.areas = {
+            place: Area.of(*facts) for place, facts in enumerate(zip(cluster, parts, alike, strict=True))
+        }
         self.made = [{v.name for v in operator.outputs} for operator in cluster]
         self.parted = [_parted(operator) for operator in cluster]
-        self.assembled = [_assembled(operator) for operator in cluster]
+        self.assembled = [
+            set() if shape is None else _assembled(operator)
+            for operator, shape in zip(cluster, parts, strict=True)
+        ]
         self.windows = [_windowed(operator) - self.parted[n] for n, operator in enumerate(cluster)]
         self.read = [{v.name for v in operator.inputs if v.name in self.producer_of} for operator in cluster]
         self.sizes = {v.name: product(v.shape) for operator in cluster for v in operator.inputs}
@@ -434,10 +440,9 @@ def _parted(operator: Operator) -> set[str]:
 
 
 def _assembled(operator: Operator) -> set[str]:
-    """The inputs that the operator puts together: all of each is one of the parts that it writes."""
+    """The inputs that an operator puts together: all of each is one of the parts that it writes."""
     sizes = {v.name: product(v.shape) for v in operator.inputs}
-    parts = operator.primitives if followed(operator) is not None else ()
-    loads = ((load.tensor, _extents(p)[0]) for p in parts for load in p.block.loads)
+    loads = ((load.tensor, _extents(p)[0]) for p in operator.primitives for load in p.block.loads)
     return {name for name, points in loads if sizes[name] == points}
 
 

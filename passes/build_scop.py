@@ -35,7 +35,7 @@ from apollo_fuse.index import (
 from apollo_fuse.passes.access_composition import point_of, without_index_views
 from apollo_fuse.passes.bind_extents import bind_extents, needed_symbols
 from apollo_fuse.passes.compute_in_parts import compute_in_parts
-from apollo_fuse.passes.free_extents import free_extents, names_of, offset_of
+from apollo_fuse.passes.free_extents import free_extents, offset_of
 from apollo_fuse.passes.simplify import simplify
 from apollo_fuse.passes.split_axes import split_axes
 from apollo_fuse.passes.write_as_made import write_as_made
@@ -265,9 +265,8 @@ def _canonical(micro_graph: MicroGraph, statements: list[Statement]) -> Scop:
     required = tuple(dict.fromkeys(pair for o in micro_graph.operators for pair in o.required))
     binding = bind_extents(micro_graph.inputs, needed_symbols(statements, micro_graph.outputs, required))
     freed = free_extents(micro_graph.inputs, statements, len(binding.extents))
-    constants = names_of(freed, statements)
-    taken = len(binding.extents) + len(freed)
-    renaming = _Renaming(tensors, binding.known, binding.products, constants, taken)
+    taken = len(binding.extents) + len(freed.extents)
+    renaming = _Renaming(tensors, binding.known, binding.products, freed.names, taken)
     sources, results, internal = (
         tuple(map(renaming.value, values))
         for values in (micro_graph.inputs, micro_graph.outputs, kept.values())
@@ -278,7 +277,7 @@ def _canonical(micro_graph: MicroGraph, statements: list[Statement]) -> Scop:
         results,
         internal,
         renamed,
-        (*binding.extents, *freed.values(), *renaming.differences.values()),
+        (*binding.extents, *freed.extents, *renaming.differences.values()),
         required=tuple((renaming.index(a), renaming.index(b)) for a, b in required),
     )
 

@@ -8,8 +8,9 @@ operand, and the concatenation is made only where something else reads it.
 from __future__ import annotations
 
 from collections.abc import Iterator as Generator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from apollo_fuse.expressions import Block, Instruction, Load
 from apollo_fuse.graph import Operator, Pattern, Primitive, Shape, Value
@@ -21,12 +22,16 @@ _SHORTEST = 16  # elements side by side in a part that is worth loops of its own
 
 def compute_in_parts(primitives: Sequence[Primitive], results: frozenset[str]) -> tuple[Primitive, ...]:
     """The primitives with those that follow a tensor in parts written in parts, too."""
-    for name in dict.fromkeys(p.output.name for p in primitives):
-        parts = [p for p in primitives if p.output.name == name]
+    makers: dict[str, list[Primitive]] = {}
+    for primitive in primitives:
+        makers.setdefault(primitive.output.name, []).append(primitive)
+    for name, parts in makers.items():
         boxes = _boxes(parts)
-        followers = _followers(primitives, parts[0].output) if boxes else frozenset()
+        followers = _followers(makers, parts[0].output) if boxes else frozenset()
         if followers:
-            return tuple(_Parting(primitives, results, name, boxes, followers).primitives())
+            others = (p for p in primitives if p.output.name not in followers)
+            needed = results | {load.tensor for p in others for load in p.block.loads}
+            return tuple(_Parting(name, boxes, followers, needed).written(primitives))
     return tuple(primitives)
 
 
@@ -48,27 +53,28 @@ def pointwise(operator: Operator) -> Shape | None:
 def _is_pointwise(primitive: Primitive, shape: Shape) -> bool:
     """Whether its result has this shape, and its loops are the axes in order."""
     plain = primitive.reduction is None and primitive.row_axes is None and primitive.output.shape == shape
-    return plain and _box(primitive) == Box(tuple(ZERO for _ in shape), shape)
+    return plain and _box(primitive) == _Box(tuple(ZERO for _ in shape), shape)
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class _Box:
     """A part of a tensor: where its first element lies, and its extents."""
 
     origin: Shape
     shape: Shape
 
 
-def _boxes(parts: Sequence[Primitive]) -> tuple[Box, ...]:
+def _boxes(parts: Sequence[Primitive]) -> tuple[_Box, ...]:
     """The places of a tensor's parts; none where these are too many or too small to be followed."""
-    boxes = [box for box in map(_box, parts) if box is not None]
-    short = any(
-        (run := _run(box, parts[0].output.shape).constant) is not None and run < _SHORTEST for box in boxes
-    )
-    return () if short or not 1 < len(boxes) == len(parts) <= _MOST_PARTS else tuple(boxes)
+    if not 1 < len(parts) <= _MOST_PARTS:
+        return ()
+    boxes = tuple(box for box in map(_box, parts) if box is not None)
+    runs = (_run(box, parts[0].output.shape).constant for box in boxes)
+    long = all(run is None or run >= _SHORTEST for run in runs)
+    return boxes if long and len(boxes) == len(parts) else ()
 
 
-def _run(box: Box, whole: Shape) -> Index:
+def _run(box: _Box, whole: Shape) -> Index:
     """How many elements of the box lie side by side in the tensor."""
     length = ONE
     for extent, all_ in zip(reversed(box.shape), reversed(whole), strict=True):
@@ -78,7 +84,7 @@ def _run(box: Box, whole: Shape) -> Index:
     return length
 
 
-def _box(part: Primitive) -> Box | None:
+def _box(part: Primitive) -> _Box | None:
     """Where the primitive writes, if it walks a box of the tensor, an axis with each loop, in order."""
     walked = [sorted(index.iterators(), key=str) for index in part.indices]
     if part.reduction is not None or [i for own in walked for i in own] != list(part.iterators):
@@ -87,18 +93,17 @@ def _box(part: Primitive) -> Box | None:
     origin = tuple(index - place for index, place in zip(part.indices, at, strict=True))
     if any(start.iterators() for start in origin):
         return None
-    return Box(origin, tuple(own[0].extent if own else ONE for own in walked))
+    return _Box(origin, tuple(own[0].extent if own else ONE for own in walked))
 
 
-def _followers(primitives: Sequence[Primitive], whole: Value) -> frozenset[str]:
+def _followers(makers: Mapping[str, Sequence[Primitive]], whole: Value) -> frozenset[str]:
     """The tensors that are pointwise on the whole, or on another one of them."""
-    made = [p.output.name for p in primitives]
     found = {whole.name}
-    for primitive in primitives:
+    for name, (primitive, *others) in makers.items():
         read = [load for load in primitive.block.loads if load.tensor in found]
         alike = bool(read) and all(load.indices == primitive.indices for load in read)
-        if alike and made.count(primitive.output.name) == 1 and _is_pointwise(primitive, whole.shape):
-            found.add(primitive.output.name)
+        if alike and not others and _is_pointwise(primitive, whole.shape):
+            found.add(name)
     return frozenset(found - {whole.name})
 
 
@@ -109,18 +114,16 @@ class _Parting:
     Where one is needed as it was, its elements are copied there, which costs no more than writing them.
     """
 
-    all: Sequence[Primitive]
-    results: frozenset[str]
     whole: str
-    boxes: tuple[Box, ...]
+    boxes: tuple[_Box, ...]
     followers: frozenset[str]
+    needed: frozenset[str]
 
-    def primitives(self) -> Generator[Primitive]:
-        number = 0
-        for primitive in self.all:
+    def written(self, primitives: Sequence[Primitive]) -> Generator[Primitive]:
+        numbers = count()
+        for primitive in primitives:
             if primitive.output.name == self.whole:
-                yield from self._part(primitive, number)
-                number += 1
+                yield from self._part(primitive, next(numbers))
             elif primitive.output.name in self.followers:
                 for place in range(len(self.boxes)):
                     yield from self._part(self._within(primitive, place), place)
@@ -133,13 +136,9 @@ class _Parting:
         own = _less(primitive.indices, box.origin)
         part = Value(_name(whole.name, place), whole.dtype, box.shape)
         yield Primitive(part, primitive.iterators, own, None, primitive.block, primitive.pattern)
-        if self._is_needed(whole.name):
+        if whole.name in self.needed:
             copy = Block((Load(part.name, own, whole.dtype),))
             yield Primitive(whole, primitive.iterators, primitive.indices, None, copy, Pattern.INJECTIVE)
-
-    def _is_needed(self, name: str) -> bool:
-        others = (p for p in self.all if p.output.name not in self.followers)
-        return name in self.results or any(load.tensor == name for p in others for load in p.block.loads)
 
     def _within(self, primitive: Primitive, place: int) -> Primitive:
         """A follower in the loops of one of the boxes."""
@@ -152,18 +151,15 @@ class _Parting:
                 iterators += [] if extent.is_one else [new]
                 values[old] = start if extent.is_one else start + Index.of(new)
         indices = tuple(index.substitute(values) for index in primitive.indices)
-        own = _less(indices, box.origin)
+        own, parted = _less(indices, box.origin), {self.whole, *self.followers}
 
         def instruction(item: Instruction) -> Instruction:
-            if isinstance(item, Load) and item.indices == indices and self._is_parted(item.tensor):
+            if isinstance(item, Load) and item.indices == indices and item.tensor in parted:
                 return Load(_name(item.tensor, place), own, item.dtype)
             return item
 
         block = Block(tuple(map(instruction, primitive.block.substitute(values).instructions)))
         return Primitive(primitive.output, tuple(iterators), indices, None, block, primitive.pattern)
-
-    def _is_parted(self, name: str) -> bool:
-        return name == self.whole or name in self.followers
 
 
 def _less(indices: Shape, origin: Shape) -> Shape:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from apollo_fuse.graph import Value
 from apollo_fuse.index import Index, Symbol
@@ -12,7 +13,15 @@ from apollo_fuse.scop import Extent, Statement
 _SHORT = 16  # greatest extent that stays a number where the others become symbols
 
 
-def free_extents(inputs: tuple[Value, ...], statements: list[Statement], taken: int) -> dict[int, Extent]:
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """The extents that become run-time ones, and what stands for their numbers and for sums of these."""
+
+    extents: tuple[Extent, ...]
+    names: dict[int, Index]
+
+
+def free_extents(inputs: tuple[Value, ...], statements: list[Statement], taken: int) -> Freed:
     """The fixed extents that the code need not know, so that layers of different widths share a kernel.
 
     Where accesses compute with extents these stay fixed, and in reductions, whose loops gain from a known
@@ -25,29 +34,14 @@ def free_extents(inputs: tuple[Value, ...], statements: list[Statement], taken: 
             if number is not None and number > _SHORT and number not in found:
                 symbol = Symbol(f"n{taken + len(found)}")
                 found[number] = Extent(symbol, place, axis, Index.of(1), Index.of(0))
-    offsets = found.keys() | _ends(statements, found.keys())
-    return found if all(_needs_no_extent(s, offsets) for s in statements) else {}
+    names = {number: Index.of(extent.symbol) for number, extent in found.items()}
+    _name_ends(names, statements)
+    free = bool(found) and all(_needs_no_extent(s, names) for s in statements)
+    return Freed(tuple(found.values()), names) if free else Freed((), {})
 
 
-def _needs_no_extent(statement: Statement, offsets: Collection[int]) -> bool:
-    """Whether no access computes with extents, but for where loops around the innermost one start."""
-    innermost = set(statement.iterators[-1:])
-    starts = (() if index.iterators() & innermost else offsets for index in access_indices(statement))
-    plain = all(map(_is_plain, access_indices(statement), starts))
-    return plain and statement.reduction is None
-
-
-def names_of(freed: Mapping[int, Extent], statements: list[Statement]) -> dict[int, Index]:
-    """What stands for the freed numbers, and for those that are sums of them as parts follow one another."""
-    names = {number: Index.of(extent.symbol) for number, extent in freed.items()}
-    for end, (start, extent) in _ends(statements, freed.keys()).items() if freed else ():
-        names.setdefault(end, names.get(start, Index.of(start)) + names.get(extent, Index.of(extent)))
-    return names
-
-
-def _ends(statements: list[Statement], freed: Collection[int]) -> dict[int, tuple[int, int]]:
-    """Where the parts of tensors that are written in parts end, each with its start and its extent."""
-    found: dict[int, tuple[int, int]] = {}
+def _name_ends(names: dict[int, Index], statements: list[Statement]) -> None:
+    """Names where the parts of tensors that are written in parts end, as they follow one another."""
     parts = {
         (offset_of(index), iterator.extent.constant)
         for s in statements
@@ -55,9 +49,18 @@ def _ends(statements: list[Statement], freed: Collection[int]) -> dict[int, tupl
         for iterator in index.iterators()
     }
     for start, extent in sorted((start, extent) for start, extent in parts if extent is not None):
-        if start == 0 or start in freed or start in found:
-            found.setdefault(start + extent, (start, extent))
-    return found
+        if start == 0 or start in names:
+            end = names.get(start, Index.of(start)) + names.get(extent, Index.of(extent))
+            names.setdefault(start + extent, end)
+
+
+def _needs_no_extent(statement: Statement, offsets: Collection[int]) -> bool:
+    """Whether no access computes with extents, but for where loops around the innermost one start."""
+    innermost = set(statement.iterators[-1:])
+    return statement.reduction is None and all(
+        _is_plain(index, () if index.iterators() & innermost else offsets)
+        for index in access_indices(statement)
+    )
 
 
 def _is_plain(index: Index, offsets: Collection[int]) -> bool:

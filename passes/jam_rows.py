@@ -53,8 +53,9 @@ class _Jam:
 
         fours = extent // _ROWS
         rest = extent - fours * _ROWS
-        left = part(fours * _ROWS, ONE, rest.constant) if rest.constant else part(fours * _ROWS, rest, 1)
-        return [*([] if fours.is_zero else [part(ZERO, fours, _ROWS)]), *([] if rest.is_zero else [left])]
+        left = (ONE, rest.constant) if rest.constant else (rest, 1)  # one by one where their number is open
+        parts = ((ZERO, fours, _ROWS), (fours * _ROWS, *left))
+        return [part(start, count, together) for start, count, together in parts if not count.is_zero]
 
     def _renamed(self, steps: tuple[Step, ...], suffix: str) -> list[Step]:
         """The steps of a row with names of their own for what they compute and pass on in registers."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from apollo_fuse.dimensions import never_one
-from apollo_fuse.extents import greatest
+from apollo_fuse.extents import is_empty
 from apollo_fuse.graph import Pattern
 from apollo_fuse.index import ONE, ZERO, Index, product
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
@@ -32,9 +32,7 @@ def _require_no_copy(o: Opener, x: Tensor) -> None:
         here = x.shape[axis]
         factors = extent.terms[0][0] if len(extent.terms) == 1 else ()
         if here != extent and not (factors and all(here.exact_quotient(Index.of(f)) for f in factors)):
-            is_zero = greatest(ZERO, ONE - extent)
-            if is_zero is not None:
-                o.require_equal(is_zero * here, ZERO)
+            o.require_equal(is_empty(extent) * here, ZERO)
 
 
 def require_known(o: Opener, place: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from apollo_fuse import blocked
-from apollo_fuse.dimensions import decider
+from apollo_fuse.dimensions import broadcast_extent, wide_extents
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, BlockBuilder, Constant, Load, Op, Position, Reduction
 from apollo_fuse.graph import Pattern, Primitive, Shape, Value
@@ -364,8 +364,10 @@ class Opener:
         skipped = len(shape) - len(operand)
         places: list[Index] = []
         for index, extent, result in zip(at[skipped:], operand, shape[skipped:], strict=True):
-            if extent.is_one or extent == result:
-                places.append(ZERO if extent.is_one else index)
+            if extent.is_one:
+                places.append(ZERO)
+            elif extent == result:
+                places.append(index)
             elif any(user.domain == blocked.DOMAIN for user, _ in self.node.outputs[0].uses()):
                 raise Unsupported(f"blocks of what is {extent} elements along an axis or one")
             else:
@@ -425,12 +427,12 @@ def _broadcast(shapes: Sequence[Shape]) -> Shape:
     rank = max(len(shape) for shape in shapes)
     result: list[Index] = []
     for axis in range(-rank, 0):
-        extents = {shape[axis] for shape in shapes if len(shape) >= -axis and not shape[axis].is_one}
-        found = extents.pop() if len(extents) == 1 else decider(sorted(extents, key=str)) if extents else ONE
-        if found is None:
-            names = " and ".join(sorted(map(str, extents)))
-            raise Unsupported(f"cannot prove that the extents {names} are equal")
-        result.append(found)
+        wide = wide_extents(shapes, axis)
+        extent = broadcast_extent(wide)
+        if extent is None:
+            found = " and ".join(sorted(map(str, wide)))
+            raise Unsupported(f"cannot prove that the extents {found} are equal")
+        result.append(extent)
     return tuple(result)
 
 

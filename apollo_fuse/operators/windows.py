@@ -11,7 +11,7 @@ from functools import partial, reduce
 
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
-from apollo_fuse.extents import greatest
+from apollo_fuse.extents import is_empty
 from apollo_fuse.graph import Shape
 from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum, non_negative
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
@@ -95,9 +95,7 @@ def windows_of(o: Opener, x: Tensor, sizes: tuple[int, ...] = ()) -> tuple[Windo
         elif automatic != "NOTSET":
             before, after = _same(automatic, extent, result, strides[n], reach)
         found.append(Window(extent, result, sizes[n], strides[n], dilations[n], before, after))
-        missing = greatest(ZERO, ONE - extent)
-        if missing is not None:  # onnxruntime has no windows over an axis without elements
-            o.require_equal(missing, ZERO)
+        o.require_equal(is_empty(extent), ZERO)  # as onnxruntime does
     return tuple(found)
 
 
