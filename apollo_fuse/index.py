@@ -315,6 +315,17 @@ def divides_a_sum(index: Index) -> bool:
     return any(n.iterators() and all(n != Index.of(i) for i in n.iterators()) for n in numerators)
 
 
+def mixes_axes(index: Index) -> bool:
+    """Whether it joins quotients of several axes.
+
+    So do those of a view whose axes begin and end within one another's: blocks of channels, and the image
+    that they are taken for. Where one extent divides the next, all axes could be split until no quotient is
+    left: few loops would become many.
+    """
+    parted = (atom.numerator.iterators() for atom in index.atoms() if isinstance(atom, Quotient))
+    return len(set().union(*parted)) > 1
+
+
 def maximum(left: Index, right: Index) -> Index:
     if non_negative(left - right):
         return left

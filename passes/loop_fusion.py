@@ -19,7 +19,7 @@ from typing import TypeAlias, TypeVar
 import islpy as isl
 
 from apollo_fuse.graph import Refused
-from apollo_fuse.index import Atom, Index, Iterator, divides_a_sum
+from apollo_fuse.index import Atom, Index, Iterator, divides_a_sum, mixes_axes
 from apollo_fuse.passes.cluster_statements import MacroStatement, cluster_statements
 from apollo_fuse.scop import Parameters, Scop
 
@@ -290,7 +290,9 @@ def _access(
     row: Mapping[int, Index] = MappingProxyType({}),
 ) -> str | None:
     """The element at `indices`, or all those along the axes of `row`, which have these extents."""
-    if any(map(divides_a_sum, indices)):  # which is affine at best, and costs isl minutes
+    if any(
+        divides_a_sum(i) or mixes_axes(i) for i in indices
+    ):  # which is affine at best, and costs isl minutes
         return None
     texts = [
         f"a{axis}" if axis in row else parameters.affine(index.substitute(own))

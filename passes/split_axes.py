@@ -2,8 +2,8 @@
 
 A reshape inside a micro-graph leaves quotients and remainders of an iterator behind.  Splitting the
 iterator turns them into plain iterators again: ``i`` becomes ``d*o + r``, ``i // d`` becomes ``o``.
-Statements that meet in an internal tensor are split alike, and the tensor's axis with them, so that
-isl sees identities.
+Statements that meet in a tensor are split alike, and an internal tensor's axis with them, so that isl
+sees identities.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from dataclasses import replace
 
 from apollo_fuse.expressions import Apply, Block, Constant, Instruction, Load, Position, Reduction
 from apollo_fuse.graph import Value
-from apollo_fuse.index import Atom, Index, Iterator, Quotient
+from apollo_fuse.index import Atom, Index, Iterator, Quotient, mixes_axes
 from apollo_fuse.scop import Statement
 
 
 def split_axes(statements: list[Statement], internal: frozenset[str]) -> list[Statement]:
     """The statements with their axes split; `internal` names the tensors whose layout is free."""
     result = [_split_by_quotients(s) for s in statements]
+    tensors = sorted({s.target.name for s in statements})
     changed = True
     while changed:
         changed = False
-        for tensor in sorted(internal):
+        for tensor in tensors:
             for axis, divisor in _divisors(result, tensor):
                 aligned = [_split_access(s, tensor, axis, divisor) for s in result]
                 changed |= any(a is not b for a, b in zip(aligned, result, strict=True))
@@ -52,7 +53,9 @@ def _quotient_divisor(statement: Statement, iterator: Iterator) -> Index | None:
     own = Index.of(iterator)
     found = [
         atom.divisor
-        for index in access_indices(statement)
+        for indices in _all_accesses(statement)
+        if not any(map(mixes_axes, indices))  # as an offset it has no quotients, else they stay
+        for index in indices
         for atom in index.atoms()
         if isinstance(atom, Quotient) and atom.numerator == own
     ]
@@ -65,13 +68,17 @@ def _size(divisor: Index) -> tuple[int, int, str]:
 
 def access_indices(statement: Statement) -> list[Index]:
     """All indices of a statement: of what it writes, what it reads, and what it uses as numbers."""
-    indices = list(statement.indices)
+    return [index for indices in _all_accesses(statement) for index in indices]
+
+
+def _all_accesses(statement: Statement) -> list[tuple[Index, ...]]:
+    found = [statement.indices]
     for item in statement.block.instructions:
         if isinstance(item, Load):
-            indices.extend(item.indices)
+            found.append(item.indices)
         elif isinstance(item, Position):
-            indices.append(item.index)
-    return indices
+            found.append((item.index,))
+    return found
 
 
 def split(statement: Statement, old: Iterator, divisor: Index, label: str) -> Statement:

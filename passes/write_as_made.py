@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from apollo_fuse.expressions import Block, Instruction, Load
 from apollo_fuse.graph import Pattern, Primitive, Value
-from apollo_fuse.index import delinearise, divides_a_sum, linearise
+from apollo_fuse.index import delinearise, linearise, mixes_axes
 from apollo_fuse.passes.access_composition import point_of
 
 
@@ -41,7 +41,7 @@ def _seen_through(primitives: Sequence[Primitive]) -> Sequence[Primitive]:
         view = views[item.tensor]
         at, load = point_of(view, item.indices), view.block.loads[0]
         indices = tuple(index.substitute(at) for index in load.indices)
-        return item if any(map(divides_a_sum, indices)) else source(replace(load, indices=indices))
+        return item if any(map(mixes_axes, indices)) else source(replace(load, indices=indices))
 
     return [replace(p, block=Block(tuple(map(source, p.block.instructions)))) for p in primitives]
 
@@ -66,9 +66,9 @@ def _written(
 
 
 def _mixes(view: Primitive) -> bool:
-    """Whether it is a view that no splitting of its loops makes one along its source's axes."""
+    """Whether it is a view that no splitting of loops, or only that of most, makes one along its source's."""
     indices = (index for load in view.block.loads for index in load.indices)
-    return view.pattern is Pattern.RESHAPE and any(map(divides_a_sum, indices))
+    return view.pattern is Pattern.RESHAPE and any(map(mixes_axes, indices))
 
 
 def _through(made: Primitive, result: Value, shared: bool) -> Primitive:

@@ -13,6 +13,8 @@ from apollo_fuse import blocked
 from apollo_fuse.blocked import DOMAIN, block_size, whole_blocks
 from apollo_fuse.codegen.c import emit
 from apollo_fuse.operators import blocks
+from apollo_fuse.passes.build_scop import BuildScop
+from apollo_fuse.scop import Scop
 from tests.fusing import Array, fuse_to_session
 from tests.interpreted import Kernels, candidates_of
 from tests.interpreter import Interpreter
@@ -193,14 +195,39 @@ def test_a_shuffle_into_blocks_goes_from_memory_to_memory(tmp_path: Path, cache:
         assert "af_transpose_at_32(out0" in text
 
 
-def test_what_may_be_one_row_is_not_broadcast_into_blocks(tmp_path: Path) -> None:
-    """isl takes minutes for that."""
-    net = Net(["n", block_size(), "h", "w"])
+def test_what_may_be_one_row_is_broadcast_into_blocks(tmp_path: Path, cache: Path) -> None:
+    """A level of a feature pyramid, which others need as it is too: both are written in the same loops."""
+    channels = 3 * block_size()
+    net = Net(["n", channels, "h", "w"])
     wide = net.op("Resize", "x", "", net.weight(np.array([1, 1, 2, 2], np.float32)), mode="nearest")
     level = net.op("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2])
-    out = net.op("ReorderInput", net.op("Add", wide, level), domain=DOMAIN)
-    held = {node.op_type for c in candidates_of(net.model(out), tmp_path)[1] for node in c.part.nodes}
-    assert "Resize" in held and "Add" not in held
+    added = net.op("Add", wide, level)
+    model = net.model(added, net.op("ReorderInput", added, domain=DOMAIN))
+    (both,) = (c for c in candidates_of(model, tmp_path)[1] if len(c.part.nodes) > 1)
+    scop = BuildScop()(both.micro_graph)
+    assert isinstance(scop, Scop)
+    assert len({frozenset(i.extent for i in s.domain if not i.extent.is_one) for s in scop.statements}) == 1
+    fused_model = fuse_to_session(model, tmp_path, cache, shapes={"x": (1, channels, 3, 3)})
+    assert not fused_model.unfused_nodes
+    check(fused_model, {"x": values("float32", (1, channels, 3, 3))})
+
+
+@pytest.mark.parametrize("times", [1, 3, 7])
+def test_a_mean_over_blocks_runs_along_them(times: int, tmp_path: Path, cache: Path) -> None:
+    """Also where the image, in which what is added up is needed too, could be parted into blocks everywhere."""
+    block = block_size()
+    image = (block * times, block * times)
+    net = Net([1, 2 * block, *image])
+    true = net.op("Reshape", "x", net.weight(np.array([0, 2, *image, block])))
+    moved = net.op("Tanh", true)
+    flat = net.op("Reshape", moved, net.weight(np.array([0, 2 * block, *image])))
+    model = net.model(flat, net.op("GlobalAveragePool", flat, domain=DOMAIN))
+    (candidate,) = candidates_of(model, tmp_path)[1]
+    scop = BuildScop()(candidate.micro_graph)
+    assert isinstance(scop, Scop)
+    assert all(len(s.domain) <= 4 for s in scop.statements)
+    x = values("float32", (1, 2 * block, *image))
+    check_reduced(fuse_to_session(model, tmp_path, cache), {"x": x})
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -17,7 +17,6 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from apollo_fuse import blocked
 from apollo_fuse.dimensions import broadcast_extent, wide_extents
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Block, BlockBuilder, Constant, Load, Op, Position, Reduction
@@ -368,8 +367,6 @@ class Opener:
                 places.append(ZERO)
             elif extent == result:
                 places.append(index)
-            elif any(user.domain == blocked.DOMAIN for user, _ in self.node.outputs[0].uses()):
-                raise Unsupported(f"blocks of what is {extent} elements along an axis or one")
             else:
                 self.require_equal((extent - 1) * (extent - result), ZERO)
                 places.append(minimum(index, extent - 1))
