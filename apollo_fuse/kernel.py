@@ -296,26 +296,43 @@ def strides(grid: tuple[Iterator, ...]) -> Generator[tuple[Iterator, Index]]:
         stride = stride * axis.extent
 
 
+SCATTERED = 32
+"""Cheap operations that a write costs where lanes lie apart, and are written one by one."""
+
+
+def is_scattered(offset: Index, lane: Iterator, outer: Iterable[Iterator] = ()) -> bool:
+    """Whether neighbouring lanes write elements that lie apart, and no loop outside of them turns tiles."""
+    jump, others = offset.coefficient(lane), [offset.coefficient(iterator) for iterator in outer]
+    if any(along is not None and along.is_one for along in others):
+        return False
+    return jump is None or not (jump.is_zero or jump.is_one)
+
+
 def work(steps: tuple[Step, ...]) -> Index:
     """Cheap operations of the steps, reads and writes counted as two for each statement.
 
-    What is alike in all turns of a loop is counted once, as compilers compute it before the loop.
+    What is alike in all turns of a loop is counted once, as compilers compute it before the loop. Writes that
+    lanes scatter count as `SCATTERED` each.
     """
     return _work(steps, (), ())
 
 
-def _work(steps: tuple[Step, ...], around: tuple[Iterator, ...], made: tuple[set[str], ...]) -> Index:
+def _work(steps: tuple[Step, ...], around: tuple[Loop, ...], made: tuple[set[str], ...]) -> Index:
     """made: for each loop around the steps, the tensors that it writes."""
     total = ZERO
+    iterators = tuple(loop.iterator for loop in around)
     for step in steps:
         if isinstance(step, Loop):
-            total = total + _work(step.body, (*around, step.iterator), (*made, written_by(step.body)))
+            total = total + _work(step.body, (*around, step), (*made, written_by(step.body)))
         elif isinstance(step, Compute):
-            *before, within = _costs_by_loop(step.block, around, made)
+            *before, within = _costs_by_loop(step.block, iterators, made)
             turns = ONE
-            for cost, iterator in zip(before, around, strict=True):
+            for cost, iterator in zip(before, iterators, strict=True):
                 total = total + turns * cost
                 turns = turns * iterator.extent
+            if around and around[-1].kind is LoopKind.LANE:
+                *outer, lane = iterators
+                within += SCATTERED * sum(is_scattered(t.offset, lane, outer) for t in step.targets)
             total = total + turns * (within + 2)
     return total
 

@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 
 from apollo_fuse.graph import Refused
 from apollo_fuse.index import ONE, ZERO, Atom, Index, Iterator, product, unclamped
-from apollo_fuse.kernel import Kernel, KernelGroup, LoopKind
+from apollo_fuse.kernel import SCATTERED, Kernel, KernelGroup, LoopKind, is_scattered
 from apollo_fuse.passes.collapse_axes import collapse_grid, collapse_loops, join_short_axes
 from apollo_fuse.passes.distribute_lanes import distribute_lanes
 from apollo_fuse.passes.fuse_nests import fuse_nests
 from apollo_fuse.passes.invert_divisors import invert_divisors
+from apollo_fuse.passes.join_columns import join_columns
 from apollo_fuse.passes.loop_fusion import Fused, Sequence, Tree
 from apollo_fuse.passes.memory_stitching import Lanes, MemoryStitching, Overflow
 from apollo_fuse.passes.nests import Nests, build_nests, statements_of
+from apollo_fuse.passes.split_reductions import FEW
 from apollo_fuse.scop import Scop
 
 RULE = "tile_and_map"
@@ -72,6 +74,7 @@ class TileAndMap:
             scop, kept=tuple(v for v in scop.kept if v.name not in crossing), temporaries=temporaries
         )
         kernels: list[Kernel] = []
+        by_items: list[Kernel | None] = []
         for number, tree in enumerate(parts):
             nests = build_nests(scop, tree, serial=self.alone)
             if isinstance(nests, Refused):
@@ -82,9 +85,15 @@ class TileAndMap:
             if not isinstance(kernel, Kernel):
                 return kernel
             kernels.append(distribute_lanes(kernel))
-        return KernelGroup(
-            scop.inputs, scop.outputs, temporaries, scop.extents, tuple(kernels), scop.required
-        )
+            by_items.append(self._by_items(nests))
+        ordered = isinstance(fused.tree, Sequence) and fused.tree.ordered
+        joined = tuple(kernels) if ordered else join_columns(kernels, by_items)
+        return KernelGroup(scop.inputs, scop.outputs, temporaries, scop.extents, joined, scop.required)
+
+    def _by_items(self, nests: Nests) -> Kernel | None:
+        """The kernel without lanes, where it has no loops but its grid."""
+        kernel = None if nests.has_loops else self.memory_stitching("", nests, nests.grid, Lanes())
+        return kernel if isinstance(kernel, Kernel) else None
 
     def _map(self, name: str, nests: Nests) -> Kernel | Overflow | Refused:
         lane = _lane(nests)
@@ -104,7 +113,7 @@ class TileAndMap:
             rest = [axis for axis in nests.grid if axis != lane]
         if unrolled is not None:
             rest = [axis for axis in rest if axis != unrolled]
-            tile = self._worth_a_thread(nests, unrolled)
+            tile = self._worth_a_thread(nests, lane, self.tiles.lanes, unrolled.extent)
             return self._lanes(name, nests, rest, lane, tile, unrolled=unrolled)
         across = _transposed(nests, lane, rest)
         if across is not None:
@@ -114,6 +123,9 @@ class TileAndMap:
         known = lane.extent.constant
         if known is not None and known <= self.tiles.whole:
             tile = max(known, 1)
+        items = product(axis.extent for axis in rest).constant
+        if items is not None and items < FEW:
+            tile = self._worth_a_thread(nests, lane, tile)
         return self._lanes(name, nests, rest, lane, tile)
 
     def _lanes(
@@ -154,14 +166,13 @@ class TileAndMap:
         whole = known is not None and known % tile == 0
         return inner, kind, None if whole else axis.extent - Index.of(block) * tile
 
-    def _worth_a_thread(self, nests: Nests, unrolled: Iterator) -> int:
-        """Lanes of a work item, fewer where they do so much that threads could share it."""
-        point = sum(placed.block.cost + 2 for placed in nests.placed.values()) * (
-            unrolled.extent.constant or 1
-        )
-        tile = self.tiles.lanes
-        while tile > self.tiles.accumulators and tile * point > GRAIN:
-            tile //= 2
+    def _worth_a_thread(self, nests: Nests, lane: Iterator, tile: int, unrolled: Index = ONE) -> int:
+        """Lanes of a work item, at most `tile`: fewer where they do so much that threads could share it."""
+        placed = nests.placed.values()
+        scattered = sum(is_scattered(p.offset, lane) for p in placed if p.statement.reduction is None)
+        point = sum(p.block.cost + 2 for p in placed) + SCATTERED * scattered
+        while tile > self.tiles.accumulators and tile * point * (unrolled.constant or 1) > GRAIN:
+            tile = -(-tile // 2)
         return tile
 
     def _short(self, axis: Iterator) -> bool:

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from apollo_fuse.kernel import Kernel, Loop, LoopKind
+from apollo_fuse.kernel import Kernel, Loop, LoopKind, work
 from apollo_fuse.passes.near_rows import near_rows
+from apollo_fuse.passes.tile_and_map import GRAIN
 from models import memory_bound
 from models.writing import Graph
 from tests.fusing import fuse_to_session, kernels
@@ -46,6 +47,14 @@ def test_which_columns_are_written_in_blocks(
 ) -> None:
     (kernel,) = kernels(side_by_side(rows, columns), tmp_path)
     assert blocks(kernel) == expected
+
+
+def test_columns_are_shared_among_threads(tmp_path: Path) -> None:
+    """Few elements, but each of them touches a line of memory."""
+    (kernel,) = kernels(side_by_side(1024, 50), tmp_path)
+    items, each = kernel.items.constant, work(kernel.body).constant
+    assert items is not None and each is not None
+    assert items >= 4 and items * each >= 2 * GRAIN
 
 
 def test_a_kernel_without_columns_stays(tmp_path: Path) -> None:
