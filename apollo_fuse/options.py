@@ -108,7 +108,7 @@ class Options:
     threads: int | None = None
     max_area_operators: int = 200
     max_depth_operators: int = 20
-    isl_max_operations: int = 300_000
+    isl_max_operations: int = 100_000
     fuse_all: bool = False
     measure_seconds: float = 0.05
     remeasure: bool = False

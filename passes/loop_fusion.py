@@ -24,6 +24,8 @@ from apollo_fuse.passes.cluster_statements import MacroStatement, cluster_statem
 from apollo_fuse.scop import Parameters, Scop
 
 RULE = "loop_fusion"
+_DEPENDENCES = 3
+"""Operations of dependences for one of a schedule: those allocate at most, and this turns whole tableaus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +90,13 @@ def show(tree: Tree, indent: str = "") -> str:
 
 @dataclass(frozen=True, slots=True)
 class LoopFusion:
-    """From a Scop to its schedule tree. `isl_operations` bounds isl's work; reaching it is a refusal."""
+    """From a Scop to its schedule tree.
 
-    isl_operations: int = 300_000
+    isl_operations: what isl may spend on a schedule, and `_DEPENDENCES` times on what it is computed from;
+        reaching it is a refusal.
+    """
+
+    isl_operations: int = 100_000
 
     def __call__(self, scop: Scop) -> Fused | Refused:
         nodes = tuple(s.name for s in scop.statements)
@@ -120,7 +126,8 @@ def _schedule(context: isl.Context, scop: Scop, isl_operations: int) -> Fused | 
         isl.UnionMap.read_from_str(context, text).intersect_domain(domain)
         for text in (reads_text, writes_text, inputs_text, order_text)
     )
-    context.set_max_operations(isl_operations)  # now: reading what is broken off ends as a syntax error
+    # from here on: reading what is broken off ends as a syntax error
+    context.set_max_operations(_DEPENDENCES * isl_operations)
     chained, free = _row_order(context, macros, windows, domain)
     flow = _dependences(reads, writes, order).subtract(chained).union(free)
     validity = flow.union(_dependences(writes, reads.union(writes), order).subtract(chained)).coalesce()
@@ -134,7 +141,10 @@ def _schedule(context: isl.Context, scop: Scop, isl_operations: int) -> Fused | 
             .set_coincidence(_at(coincidence, sample))
             .set_proximity(_at(proximity, sample))
         )
+        context.reset_operations()
+        context.set_max_operations(isl_operations)
         schedule = constraints.compute_schedule()
+        context.set_max_operations(_DEPENDENCES * isl_operations)
         if not _legal(schedule, validity):
             return Refused(nodes, RULE, "isl gave a schedule that breaks a dependence", schedule.to_str())
         return _tree(schedule.get_root().child(0), statements, tuple(statements))

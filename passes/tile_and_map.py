@@ -122,10 +122,9 @@ class TileAndMap:
         tile = self.tiles.lanes
         known = lane.extent.constant
         if known is not None and known <= self.tiles.whole:
-            tile = max(known, 1)
-        items = product(axis.extent for axis in rest).constant
-        if items is not None and items < FEW:
-            tile = self._worth_a_thread(nests, lane, tile)
+            tile, items = max(known, 1), product(axis.extent for axis in rest).constant
+            if items is not None and items < FEW:
+                tile = self._worth_a_thread(nests, lane, tile)
         return self._lanes(name, nests, rest, lane, tile)
 
     def _lanes(

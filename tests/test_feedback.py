@@ -50,10 +50,10 @@ def fused(text: str, folder: Path, options: Options) -> Report:
 
 
 def test_isl_that_runs_out_of_operations_sends_its_micro_graph_back(tmp_path: Path) -> None:
-    chosen = Options(isl_max_operations=12000, measure=False)
+    chosen = Options(isl_max_operations=4000, measure=False)
     report = fused(TWO_ROWS, tmp_path, chosen)
     reasons = {(r.refused.rule, r.refused.reason, r.refused.evidence) for r in report.feedback_rounds}
-    assert reasons == {("loop_fusion", "isl ran out of operations", "limit 12000")}
+    assert reasons == {("loop_fusion", "isl ran out of operations", "limit 4000")}
     assert report.distinct_kernels == 2
     whole = fused(TWO_ROWS, tmp_path, Options(measure=False))
     assert not whole.feedback_rounds and whole.distinct_kernels == 2
@@ -149,7 +149,7 @@ def test_without_feedback_what_is_refused_stays_unfused(tmp_path: Path) -> None:
     report = fused(TWO_ROWS, tmp_path, Options(measure=False, feedback=False))
     assert not report.feedback_rounds
     assert [k.accepted for k in report.kernels if "Tanh" in k.ops] == [False]
-    report = fused(TWO_ROWS, tmp_path, Options(measure=False, feedback=False, isl_max_operations=1500))
+    report = fused(TWO_ROWS, tmp_path, Options(measure=False, feedback=False, isl_max_operations=500))
     assert not report.feedback_rounds
     assert "isl ran out of operations" in {r.reason for r in report.refused}
 
