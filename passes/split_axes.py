@@ -19,7 +19,8 @@ from apollo_fuse.scop import Statement
 def split_axes(statements: list[Statement], internal: frozenset[str]) -> list[Statement]:
     """The statements with their axes split; `internal` names the tensors whose layout is free."""
     result = [_split_by_quotients(s) for s in statements]
-    tensors = sorted({s.target.name for s in statements})
+    read = {load.tensor for s in statements for load in s.block.loads}
+    tensors = sorted(read & {s.target.name for s in statements})
     changed = True
     while changed:
         changed = False
