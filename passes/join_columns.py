@@ -19,7 +19,7 @@ _CHEAP = 4  # cost (see Block.cost) of an element up to which it may be computed
 def join_columns(kernels: Sequence[Kernel], by_items: Sequence[Kernel | None]) -> tuple[Kernel, ...]:
     """The kernels, none of which needs another; fewer where some are columns beside the rows of others.
 
-    by_items: each kernel without lanes, where it has no loops but its grid.
+    by_items: each kernel without lanes, where it is known and has no loops but its grid.
     """
     joined: dict[int, Kernel] = dict(enumerate(kernels))
     for place, columns in enumerate(by_items):

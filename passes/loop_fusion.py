@@ -300,9 +300,7 @@ def _access(
     row: Mapping[int, Index] = MappingProxyType({}),
 ) -> str | None:
     """The element at `indices`, or all those along the axes of `row`, which have these extents."""
-    if any(
-        divides_a_sum(i) or mixes_axes(i) for i in indices
-    ):  # which is affine at best, and costs isl minutes
+    if any(divides_a_sum(i) or mixes_axes(i) for i in indices):  # affine at best, which costs isl minutes
         return None
     texts = [
         f"a{axis}" if axis in row else parameters.affine(index.substitute(own))

@@ -85,7 +85,7 @@ class TileAndMap:
             if not isinstance(kernel, Kernel):
                 return kernel
             kernels.append(distribute_lanes(kernel))
-            by_items.append(self._by_items(nests))
+            by_items.append(self._by_items(nests) if len(parts) > 1 else None)
         ordered = isinstance(fused.tree, Sequence) and fused.tree.ordered
         joined = tuple(kernels) if ordered else join_columns(kernels, by_items)
         return KernelGroup(scop.inputs, scop.outputs, temporaries, scop.extents, joined, scop.required)
