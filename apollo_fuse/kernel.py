@@ -300,11 +300,15 @@ SCATTERED = 32
 """Cheap operations that a write costs where lanes lie apart, and are written one by one."""
 
 
-def is_scattered(offset: Index, lane: Iterator, outer: Iterable[Iterator] = ()) -> bool:
-    """Whether neighbouring lanes write elements that lie apart, and no loop outside of them turns tiles."""
-    jump, others = offset.coefficient(lane), [offset.coefficient(iterator) for iterator in outer]
-    if any(along is not None and along.is_one for along in others):
+def is_scattered(offset: Index, lane: Iterator, others: Iterable[Iterator] = ()) -> bool:
+    """Whether neighbouring lanes write elements that lie apart, and no other loop runs along them.
+
+    Where one does, they are moved in tiles, or put together in registers.
+    """
+    along = (offset.coefficient(iterator) for iterator in others)
+    if any(step is not None and step.is_one for step in along):
         return False
+    jump = offset.coefficient(lane)
     return jump is None or not (jump.is_zero or jump.is_one)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from apollo_fuse.index import Iterator
-from apollo_fuse.kernel import Compute, Kernel, Loop, Scope, Step, Target, with_lane_loops
+from apollo_fuse.kernel import Compute, Kernel, Loop, Scope, Step, is_scattered, with_lane_loops
 
 _TOGETHER = 4  # stores that jump, up to which one loop is left as it is
 
@@ -32,12 +31,7 @@ def _parts(kernel: Kernel, loop: Loop) -> bool:
             return False
         if any(kernel.buffer(t.buffer).scope is not Scope.GLOBAL for t in step.targets):
             return False
-        jumping += any(_jumps(target, loop.iterator) for target in step.targets)
+        jumping += any(is_scattered(target.offset, loop.iterator) for target in step.targets)
         written |= {target.buffer for target in step.targets}
         read |= {load.tensor for load in step.block.loads}
     return jumping > _TOGETHER and not written & read
-
-
-def _jumps(target: Target, lane: Iterator) -> bool:
-    factor = target.offset.coefficient(lane)
-    return factor is None or not factor.is_one

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from apollo_fuse.index import Atom, Index
-from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Scope, Target, substituted, walk
+from apollo_fuse.index import Atom, Index, Iterator
+from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, Scope, Step, substituted, walk
 
 _CHEAP = 4  # cost (see Block.cost) of an element up to which it may be computed alone
 
@@ -23,51 +23,50 @@ def join_columns(kernels: Sequence[Kernel], by_items: Sequence[Kernel | None]) -
     """
     joined: dict[int, Kernel] = dict(enumerate(kernels))
     for place, columns in enumerate(by_items):
-        for rows in range(len(kernels)):
-            if columns is None or rows == place or rows not in joined or not _belong(columns, joined[rows]):
-                continue
-            values: dict[Atom, Index] = {
-                old: Index.of(new) for old, new in zip(columns.grid, joined[rows].grid, strict=True)
-            }
-            inside = tuple(substituted(step, values) for step in columns.body)
-            joined[rows] = replace(joined[rows], body=(*joined[rows].body, *inside))
-            del joined[place]
-            break
+        if columns is None or joined[place] is not kernels[place]:  # what joined it is not in `columns`
+            continue
+        for other, rows in joined.items():
+            steps = _beside(columns, rows) if other != place else None
+            if steps is not None:
+                joined[other] = replace(rows, body=(*rows.body, *steps))
+                del joined[place]
+                break
     return tuple(replace(kernel, name=f"k{n}") for n, kernel in enumerate(joined.values()))
 
 
-def _belong(columns: Kernel, rows: Kernel) -> bool:
-    """Whether each element of the columns is cheap, and stands in a row that an item of the other writes."""
-    extents = [[axis.extent for axis in kernel.grid] for kernel in (columns, rows)]
-    if extents[0] != extents[1] or not all(isinstance(step, Compute) for step in columns.body):
-        return False
-    steps = {
-        target.buffer: (target, loop)
-        for loop in walk(rows.body)
+def _beside(columns: Kernel, rows: Kernel) -> tuple[Step, ...] | None:
+    """The steps of the columns in the items of the rows, if each is cheap and writes in a row of an item."""
+    if [axis.extent for axis in columns.grid] != [axis.extent for axis in rows.grid]:
+        return None
+    values: dict[Atom, Index] = {old: Index.of(new) for old, new in zip(columns.grid, rows.grid, strict=True)}
+    steps = tuple(substituted(step, values) for step in columns.body)
+    cheap = [step for step in steps if isinstance(step, Compute) and step.block.cost <= _CHEAP]
+    if len(cheap) < len(steps):
+        return None
+    written = _written_in_lanes(rows)
+    for target in (target for step in cheap for target in step.targets):
+        row = written.get(target.buffer) if columns.buffer(target.buffer).scope is Scope.GLOBAL else None
+        if row is None or not _in_row(target.offset, *row, rows.grid):
+            return None
+    return steps
+
+
+def _written_in_lanes(kernel: Kernel) -> dict[str, tuple[Index, Iterator]]:
+    """Of what lanes write, where and with which lanes."""
+    return {
+        target.buffer: (target.offset, loop.iterator)
+        for loop in walk(kernel.body)
         if isinstance(loop, Loop) and loop.kind is LoopKind.LANE
         for step in loop.body
         if isinstance(step, Compute)
         for target in step.targets
     }
-    return all(
-        isinstance(step, Compute)
-        and step.block.cost <= _CHEAP
-        and all(
-            columns.buffer(t.buffer).scope is Scope.GLOBAL
-            and t.buffer in steps
-            and _in_row(t, columns, *steps[t.buffer], rows)
-            for t in step.targets
-        )
-        for step in columns.body
-    )
 
 
-def _in_row(column: Target, columns: Kernel, row: Target, loop: Loop, rows: Kernel) -> bool:
+def _in_row(column: Index, row: Index, lane: Iterator, grid: Sequence[Iterator]) -> bool:
     """Whether items step through both alike, over elements that lie side by side in an item of the rows."""
-    along = row.offset.coefficient(loop.iterator)
-    steps = [
-        (column.offset.coefficient(own), row.offset.coefficient(other))
-        for own, other in zip(columns.grid, rows.grid, strict=True)
-    ]
-    alike = all(own is not None and own == other for own, other in steps)
-    return alike and along is not None and along.is_one
+    along = row.coefficient(lane)
+    if along is None or not along.is_one:
+        return False
+    steps = ((column.coefficient(axis), row.coefficient(axis)) for axis in grid)
+    return all(own is not None and own == other for own, other in steps)

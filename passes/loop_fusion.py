@@ -25,7 +25,7 @@ from apollo_fuse.scop import Parameters, Scop
 
 RULE = "loop_fusion"
 _DEPENDENCES = 3
-"""Operations of dependences for one of a schedule: those allocate at most, and this turns whole tableaus."""
+"""Operations of dependences for one of a schedule: most of those allocate, and this turns whole tableaus."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def _quotient_divisor(statement: Statement, iterator: Iterator) -> Index | None:
     found = [
         atom.divisor
         for indices in _all_accesses(statement)
-        if not any(map(mixes_axes, indices))  # as an offset it has no quotients, else they stay
+        if not any(map(mixes_axes, indices))  # such quotients cancel out in an offset
         for index in indices
         for atom in index.atoms()
         if isinstance(atom, Quotient) and atom.numerator == own

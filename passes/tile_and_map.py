@@ -113,7 +113,7 @@ class TileAndMap:
             rest = [axis for axis in nests.grid if axis != lane]
         if unrolled is not None:
             rest = [axis for axis in rest if axis != unrolled]
-            tile = self._worth_a_thread(nests, lane, self.tiles.lanes, unrolled.extent)
+            tile = self._worth_a_thread(nests, lane, self.tiles.lanes, unrolled)
             return self._lanes(name, nests, rest, lane, tile, unrolled=unrolled)
         across = _transposed(nests, lane, rest)
         if across is not None:
@@ -165,12 +165,16 @@ class TileAndMap:
         whole = known is not None and known % tile == 0
         return inner, kind, None if whole else axis.extent - Index.of(block) * tile
 
-    def _worth_a_thread(self, nests: Nests, lane: Iterator, tile: int, unrolled: Index = ONE) -> int:
+    def _worth_a_thread(
+        self, nests: Nests, lane: Iterator, tile: int, unrolled: Iterator | None = None
+    ) -> int:
         """Lanes of a work item, at most `tile`: fewer where they do so much that threads could share it."""
+        inner = () if unrolled is None else (unrolled,)
         placed = nests.placed.values()
-        scattered = sum(is_scattered(p.offset, lane) for p in placed if p.statement.reduction is None)
+        scattered = sum(is_scattered(p.offset, lane, inner) for p in placed if p.statement.reduction is None)
         point = sum(p.block.cost + 2 for p in placed) + SCATTERED * scattered
-        while tile > self.tiles.accumulators and tile * point * (unrolled.constant or 1) > GRAIN:
+        lanes = point * (product(i.extent for i in inner).constant or 1)
+        while tile > self.tiles.accumulators and tile * lanes > GRAIN:
             tile = -(-tile // 2)
         return tile
 
