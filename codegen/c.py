@@ -43,6 +43,7 @@ from apollo_fuse.passes.overlap_tails import overlap_tails
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
 from apollo_fuse.passes.sum_in_lanes import sum_in_lanes
+from apollo_fuse.passes.tile_rows import tile_rows
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
 _LOWERING: tuple[Callable[[Kernel], Kernel], ...] = (
@@ -60,7 +61,7 @@ _LOWERING: tuple[Callable[[Kernel], Kernel], ...] = (
 
 def emit(group: KernelGroup, name: str, comment: str) -> str:
     """The translation unit that defines ``const af_op AF_OP(NAME)``; `comment` says what it computes."""
-    kernels = [_kernel(group, kernel) for kernel in group.kernels]
+    kernels = [_kernel(group, tile_rows(kernel)) for kernel in group.kernels]
     headers = ["kernel.h", "scalar.h"]
     if any("af_transpose_" in kernel for kernel in kernels):
         headers.append("transpose.h")

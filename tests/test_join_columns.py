@@ -20,22 +20,22 @@ PARTS = 3
 WIDE = 8
 
 
-def encoded(rows: int | str) -> onnx.ModelProto:
+def encoded(rows: int | str, count: int = PARTS) -> onnx.ModelProto:
     """Numbers one-hot over eight places, each beside another number."""
     graph = Graph("encoded")
     places = np.arange(WIDE, dtype=np.float32)[None]
     parts: list[str] = []
-    for n in range(PARTS):
+    for n in range(count):
         hot = graph.op("Equal", graph.input(f"x{n}", [rows, 1]), places)
         parts += [graph.input(f"y{n}", [rows, 1]), graph.op("Cast", hot, to=TensorProto.FLOAT)]
-    graph.output(graph.op("Concat", *parts, axis=1), "out", [rows, PARTS * (1 + WIDE)])
+    graph.output(graph.op("Concat", *parts, axis=1), "out", [rows, count * (1 + WIDE)])
     return graph.model()
 
 
-def inputs(rows: int) -> dict[str, Array]:
+def inputs(rows: int, count: int = PARTS) -> dict[str, Array]:
     random = np.random.default_rng(rows)
-    x = {f"x{n}": random.integers(0, WIDE, (rows, 1)).astype(np.float32) for n in range(PARTS)}
-    return x | {f"y{n}": random.standard_normal((rows, 1)).astype(np.float32) for n in range(PARTS)}
+    x = {f"x{n}": random.integers(0, WIDE, (rows, 1)).astype(np.float32) for n in range(count)}
+    return x | {f"y{n}": random.standard_normal((rows, 1)).astype(np.float32) for n in range(count)}
 
 
 @pytest.mark.parametrize("rows", [1024, "rows"])

@@ -1,0 +1,65 @@
+"""Lets a work item write several rows where each takes an element from many columns.
+
+Columns lie in memory as they come, often at the same place of a page each: their lines push each other out of
+the nearest cache, which holds eight of them or twelve.  An item of one row reads a line of each for one
+element, and finds none of them again.  With as many rows as a line holds elements, each line is read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from apollo_fuse.index import ONE, Iterator
+from apollo_fuse.kernel import (
+    Compute,
+    Kernel,
+    Loop,
+    LoopKind,
+    Scope,
+    Step,
+    in_blocks_of,
+    read_by,
+    walk,
+    written_by,
+)
+
+_ROWS = 16  # elements of 4 bytes in a line
+_MANY = 8  # lines that every nearest cache holds of one place in a page
+
+
+def tile_rows(kernel: Kernel) -> Kernel:
+    if not kernel.grid or not all(_is_alone(kernel, step) for step in kernel.body):
+        return kernel
+    if read_by(kernel.body) & written_by(kernel.body):
+        return kernel
+    *outer, row = kernel.grid
+    if len(_columns(kernel, row)) <= _MANY:
+        return kernel
+    steps = [one for step in kernel.body for one in _parts(step)]
+    tiles = [in_blocks_of(Loop(row, LoopKind.SEQUENTIAL, (step,)), _ROWS) for step in steps]
+    block, _ = tiles[0]  # alike for all
+    return replace(kernel, grid=(*outer, block), body=tuple(loop for _, loop in tiles))
+
+
+def _is_alone(kernel: Kernel, step: Step) -> bool:
+    """Whether it writes elements of tensors and nothing else."""
+    match step:
+        case Loop(_, LoopKind.LANE, body):
+            return all(isinstance(one, Compute) and _is_alone(kernel, one) for one in body)
+        case Compute(_, _, targets, None):
+            return all(kernel.buffer(target.buffer).scope is Scope.GLOBAL for target in targets)
+        case _:
+            return False
+
+
+def _parts(step: Step) -> list[Step]:
+    return [replace(step, body=(one,)) for one in step.body] if isinstance(step, Loop) else [step]
+
+
+def _columns(kernel: Kernel, row: Iterator) -> set[str]:
+    """The tensors of which neighbouring rows read neighbouring elements."""
+    loads = (load for step in walk(kernel.body) if isinstance(step, Compute) for load in step.block.loads)
+    offsets = ((load.tensor, load.indices[0]) for load in loads)
+    return {
+        tensor for tensor, offset in offsets if offset.iterators() == {row} and offset.coefficient(row) == ONE
+    }
