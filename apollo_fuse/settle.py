@@ -76,8 +76,8 @@ class Settle:
         kept = tuple(accepted)
         unfused, fused = self._measured(kept, seconds=1.0)
         for select in (self._apart, self._clear):
-            fewer, saved = select(kept)
-            if fewer in ((), kept) or (_wins(fused, unfused) and saved < SMALL * unfused.median):
+            fewer, difference = select(kept)
+            if fewer in ((), kept) or (_wins(fused, unfused) and difference < SMALL * unfused.median):
                 continue
             # one after the other: a session holds all weights once more
             without, with_fewer = self._measured(fewer, seconds=1.0)
@@ -92,10 +92,10 @@ class Settle:
         return kept, _latency(unfused, fused, threads)
 
     def _apart(self, swaps: tuple[Swap, ...]) -> tuple[tuple[Swap, ...], float]:
-        """The same with each kernel by itself that pays so, and seconds of a run that this should cost."""
+        """The same with each kernel by itself that pays so, and seconds of a run that this is about."""
         stitches = [self.judgements[x.variant] for x in swaps if isinstance(x, Stitch)]
         kernels = (kernel for x in swaps for kernel in members(x))
-        cost = sum(j.apart - j.fused for j in stitches if j.apart is not None and j.fused is not None)
+        cost = sum(abs(j.apart - j.fused) for j in stitches if j.apart is not None and j.fused is not None)
         return tuple(x for x in kernels if self.judgements[x.variant].accepted), cost
 
     def _clear(self, swaps: tuple[Swap, ...]) -> tuple[tuple[Swap, ...], float]:

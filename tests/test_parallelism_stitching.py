@@ -240,18 +240,19 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     ("changed", "reason"),
     [
         ({}, ""),
-        ({"together": 1.99}, "not faster than its kernels one by one"),
+        ({"together": 2.1}, ""),  # no loss that can be told from noise: the model decides
+        ({"together": 2.6}, "slower than its kernels one by one"),
         ({"unfused": 1.0}, "not faster than onnxruntime"),
     ],
 )
-def test_a_stitch_has_to_beat_its_kernels_and_onnxruntime(
+def test_a_stitch_has_to_beat_onnxruntime_and_not_to_lose_to_its_kernels(
     changed: dict[str, float], reason: str, times: dict[str, float], tmp_path: Path
 ) -> None:
     times |= changed
     model = memory_bound.adam(20, shapes=((64,), (96,)))
     report = fused(model, tmp_path, measure=True, measure_seconds=0.1)
     (found,) = [k for k in report.kernels if k.layer == 3]
-    assert found.reason.split(" (")[0] == (reason or "4.00x as fast as onnxruntime")
+    assert found.reason.split(" (")[0] == (reason or f"{4 / times['together']:.2f}x as fast as onnxruntime")
     assert found.apart_us == pytest.approx(2e6) and len(found.members) == 20
     assert_computes_the_same(report)
 
