@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeAlias, assert_never
+from zipfile import BadZipFile
 
 import ml_dtypes
 import numpy as np
@@ -91,7 +92,7 @@ def read_inputs(path: Path, inputs: Sequence[Input]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
         why = getattr(error, "strerror", None) or "it is no .npz file of plain arrays"
         raise UsageError(f"{path}: {why}; write one with numpy.savez(path, name=array)") from error
     known = {value.name: value for value in inputs}

@@ -461,15 +461,17 @@ def test_inputs_of_the_user_make_it_fused(fuse: Callable[..., Report], tmp_path:
         ({"z": normal(8, 48)}, "'z', which is no input"),
         ({"x": normal(8, 48).astype(np.float64)}, "float64"),
         ({"x": normal(8, 47)}, "fixes it to 48"),
-        (None, "no .npz file"),
+        (b"no archive", "no .npz file"),
+        (b"", "no .npz file"),
+        (b"PK\x03\x04 cut off", "no .npz file"),
     ],
 )
 def test_wrong_inputs_are_wrong_usage(
-    arrays: dict[str, np.ndarray] | None, words: str, fuse: Callable[..., Report], tmp_path: Path
+    arrays: dict[str, np.ndarray] | bytes, words: str, fuse: Callable[..., Report], tmp_path: Path
 ) -> None:
     path = tmp_path / "own.npz"
-    if arrays is None:
-        path.write_bytes(b"no archive")
+    if isinstance(arrays, bytes):
+        path.write_bytes(arrays)
     else:
         np.savez(path, **arrays)
     with pytest.raises(UsageError, match=words):
