@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apollo_fuse.kernel import Kernel, Loop, LoopKind
+from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, walk
 from apollo_fuse.passes.tile_rows import tile_rows
 from models import memory_bound
 from tests.fusing import fuse_to_session, kernels
@@ -24,15 +24,16 @@ def tiled(rows: int | str, count: int, tmp_path: Path) -> tuple[Kernel, Kernel]:
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(1024, 64), (1000, 63), ("rows", None)])
-def test_each_part_of_a_row_is_written_in_several_rows(
+def test_a_few_parts_are_written_in_several_rows_each(
     rows: int | str, blocks: int | None, tmp_path: Path
 ) -> None:
     _, found = tiled(rows, MANY, tmp_path)
     (axis,) = found.grid
     assert axis.extent.constant == blocks
     loops = [step for step in found.body if isinstance(step, Loop)]
-    assert len(loops) == len(found.body) == 2 * MANY
-    assert all(loop.kind is LoopKind.SEQUENTIAL and len(loop.body) == 1 for loop in loops)
+    assert len(loops) == len(found.body) and {loop.kind for loop in loops} == {LoopKind.SEQUENTIAL}
+    computes = [[step for step in walk(loop.body) if isinstance(step, Compute)] for loop in loops]
+    assert sum(map(len, computes)) == 2 * MANY and max(map(len, computes)) == 4
     assert {loop.iterator.extent.constant for loop in loops} == {16}
     assert {loop.limit is None for loop in loops} == {rows == 1024}
 
