@@ -253,10 +253,10 @@ def _relations(
     domains: list[str] = []
     reads: list[str] = []
     writes: list[str] = []
-    inputs: list[str] = []
+    inputs: dict[str, list[tuple[str, str]]] = {}
     order: list[str] = []
     depth = max(len(m.domain) for m in macros)
-    # what nobody reads, an output in another shape say, is written at any time
+    # what nobody reads is written at any time: each element once, unless it is combined from several
     read = {load.tensor for m in macros for s in m.members for load in s.block.loads}
     written = {s.target.name: s.target.shape for m in macros for s in m.members}
     for number, macro in enumerate(macros):
@@ -267,13 +267,13 @@ def _relations(
         order.append(f"{instance} -> [{', '.join([str(number), *padded])}]")
         for statement in macro.members:
             own = macro.renaming(statement)
-            target = _access(statement.target.name, statement.indices, own, parameters)
-            if target is not None:
+            if statement.target.name in read or statement.reduction is not None:
+                target = _access(statement.target.name, statement.indices, own, parameters)
+                if target is None:
+                    return Refused((statement.name,), RULE, "access is not affine", str(statement.indices))
                 writes.append(f"{instance} -> {target}")
                 if statement.reduction is not None:
                     reads.append(f"{instance} -> {target}")
-            elif statement.target.name in read or statement.reduction is not None:
-                return Refused((statement.name,), RULE, "access is not affine", str(statement.indices))
             for load in statement.block.loads:
                 source = _access(load.tensor, load.indices, own, parameters)
                 if load.tensor in written:
@@ -283,13 +283,18 @@ def _relations(
                     whole = _access(load.tensor, load.indices, own, parameters, row)
                     reads.append(f"{instance} -> {whole}")
                 elif source is not None and load.indices:
-                    inputs.append(f"{instance} -> {source}")
+                    inputs.setdefault(load.tensor, []).append((instance, source.removeprefix(load.tensor)))
+    # inputs that are read alike bring the same points together: one stands for all
+    alike = {tuple(dict.fromkeys(accesses)): tensor for tensor, accesses in inputs.items()}
+    read_alike = [
+        f"{at} -> {tensor}{element}" for accesses, tensor in alike.items() for at, element in accesses
+    ]
     head = parameters.declaration()
 
     def text(parts: list[str]) -> str:
         return f"{head}{{ {'; '.join(dict.fromkeys(parts))} }}"
 
-    return text(domains), text(reads), text(writes), text(inputs), text(order)
+    return text(domains), text(reads), text(writes), text(read_alike), text(order)
 
 
 def _access(
