@@ -312,13 +312,15 @@ class _Growth:
 
     def apply(self, rule: Rule) -> bool:
         changed = False
+        done: set[int] = set()  # areas with all that they read
         for place in range(len(self.cluster)):
-            merged = True
+            merged = self.contraction.find(place) not in done
             while merged:
                 user = self.contraction.find(place)
                 candidates = sorted(self.contraction.predecessors(user))
                 merged = any(self._try(rule, producer, user) for producer in candidates)
                 changed |= merged
+            done.add(self.contraction.find(place))
         return changed
 
     def join_siblings(self) -> bool:
