@@ -19,6 +19,8 @@ from apollo_fuse.passes.contraction import Contraction
 
 CALLED = 16 * 1024  # elements that take less time to move than an operator takes to be called
 _OPEN = 16  # what an open extent counts for beside that
+PARTS = 5
+"""Times the limit of an area that a concatenation reaches with elementwise parts: loops side by side."""
 EXPENSIVE = 10  # cost (see Block.cost) from which computing a value again is worse than keeping it
 
 
@@ -60,8 +62,7 @@ class Area:
         for axes, shape in ((p.row_axes, p.output.shape) for p in operator.primitives):
             if axes is not None:  # in rows with padding, of which only its result's points count
                 domain, rows = product(operator.outputs[0].shape), product(shape[:axes])
-        results = [p.output.name for p in operator.primitives]
-        in_parts = len(set(results)) < len(results)
+        in_parts = _is_in_parts(operator)
         return Area(operator.pattern, 1, domain, rows, operator.cost, in_parts, followed, pointwise)
 
     def joined(self, other: Area) -> Area:
@@ -89,6 +90,7 @@ class Edge:
     user: Area
     relation: Relation
     windowed: bool  # the user takes several elements side by side of what crosses
+    is_part: bool  # the producer is elementwise, and the user puts together what it makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,7 @@ def _injective(edge: Edge, limits: Limits) -> bool:
         max(edge.producer.pattern, edge.user.pattern) is Pattern.INJECTIVE
         and not edge.windowed
         and edge.relation is Relation.ONE_TO_ONE
-        and min(edge.producer.operators, edge.user.operators) <= limits.depth
+        and (edge.is_part or min(edge.producer.operators, edge.user.operators) <= limits.depth)
     )
 
 
@@ -259,6 +261,7 @@ class _Growth:
         }
         self.made = [{v.name for v in operator.outputs} for operator in cluster]
         self.parted = [_parted(operator) for operator in cluster]
+        self.put_together = [_assembled(o) if _is_in_parts(o) else set[str]() for o in cluster]
         self.assembled = [
             set() if shape is None else _assembled(operator)
             for operator, shape in zip(cluster, parts, strict=True)
@@ -344,15 +347,15 @@ class _Growth:
 
     def _try(self, rule: Rule, producer: int, user: int) -> bool:
         a, b = self.areas[producer], self.areas[user]
-        if a.operators + b.operators > self.limits.operators:
+        is_part = a.pattern <= Pattern.BROADCAST and self._is_part(producer, user)
+        if a.operators + b.operators > self.limits.operators * (PARTS if is_part else 1):
             return False
         if not b.may_read(a):
             return False
         if rule.only_sole_user and self.contraction.successors(producer) != {user}:
             return False
-        edge = Edge(
-            a, b, self._relation(producer, user), not self.made[producer].isdisjoint(self.windows[user])
-        )
+        windowed = not self.made[producer].isdisjoint(self.windows[user])
+        edge = Edge(a, b, self._relation(producer, user), windowed, is_part)
         if not rule.allows(edge, self.limits) or not self._apart_allowed(producer, user):
             return False
         if self.contraction.detour(producer, user):
@@ -362,12 +365,16 @@ class _Growth:
         self._merge(producer, user)
         return True
 
+    def _is_part(self, producer: int, user: int) -> bool:
+        """Whether all that crosses is put together by the user, and nothing else is done with it there."""
+        return self._crossing(producer, user) <= self.put_together[user]
+
     def _merge(self, a: int, b: int) -> None:
         joined = self.areas.pop(a).joined(self.areas.pop(b))
         keep = self.contraction.merge(a, b)
         drop = b if keep == a else a
         self.areas[keep] = joined
-        for facts in (self.made, self.read, self.windows, self.parted, self.assembled):
+        for facts in (self.made, self.read, self.windows, self.parted, self.put_together, self.assembled):
             facts[keep] |= facts[drop]
         self.apart[keep] |= self.apart[drop]
 
@@ -394,6 +401,12 @@ class _Growth:
             return Relation.ONE_TO_ONE
         smaller = all(s == size or size.exact_quotient(s) is not None for s in sizes)
         return Relation.BROADCAST if smaller else Relation.GENERAL
+
+
+def _is_in_parts(operator: Operator) -> bool:
+    """Whether it writes a result in parts, as a concatenation does."""
+    results = [p.output.name for p in operator.primitives]
+    return len(set(results)) < len(results)
 
 
 def _extents(primitive: Primitive) -> tuple[Index, Index]:
@@ -445,7 +458,7 @@ def _assembled(operator: Operator) -> set[str]:
     """The inputs that an operator puts together: all of each is one of the parts that it writes."""
     sizes = {v.name: product(v.shape) for v in operator.inputs}
     loads = ((load.tensor, _extents(p)[0]) for p in operator.primitives for load in p.block.loads)
-    return {name for name, points in loads if sizes[name] == points}
+    return {name for name, points in loads if sizes.get(name) == points}
 
 
 def _is_large(value: Value) -> bool:

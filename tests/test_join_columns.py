@@ -46,6 +46,12 @@ def test_cheap_columns_join_the_rows(rows: int | str, tmp_path: Path) -> None:
     assert sum(isinstance(step, Compute) for step in kernel.body) == PARTS
 
 
+def test_a_concatenation_takes_in_more_parts_than_an_area_has_operators(tmp_path: Path) -> None:
+    """Equal and Cast of each: 300 operators, and isl is asked for what is read alike just once."""
+    (kernel,) = kernels(encoded(1024, 150), tmp_path)
+    assert sum(isinstance(step, Compute) for step in kernel.body) == 150
+
+
 def test_dear_columns_are_computed_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join_columns, "_CHEAP", -1)
     rows, columns = kernels(encoded(1024), tmp_path)
