@@ -87,6 +87,40 @@ def models(draw: st.DrawFn, most_nodes: int = 10) -> RandomModel:
 
 
 @st.composite
+def tables(draw: st.DrawFn, most_parts: int = 24) -> RandomModel:
+    """Rows that are put together of columns, wide parts, and columns that are coded over several places."""
+    writer = Writer(draw(st.frozensets(st.sampled_from(sorted(OPEN)))))
+    rows = draw(st.sampled_from((*EXTENTS, 40, 130)))
+    parts: list[str] = []
+    for _ in range(draw(st.integers(2, most_parts))):
+        width = draw(st.sampled_from((1, 1, 2, 3, 8)))
+        if width > 1 and draw(st.booleans()):
+            column = _column(draw, writer, (rows, 1))
+            bounds = writer.constant(np.linspace(-1, 1, width, dtype=np.float32)[None])
+            below = writer.op("Less", [column, bounds], (rows, width))
+            parts.append(writer.op("Cast", [below], (rows, width), to=TensorProto.FLOAT))
+            del writer.tensors[below]
+        else:
+            parts.append(_column(draw, writer, (rows, width)))
+    whole = sum(writer.tensors[part][1] for part in parts)
+    result = writer.op("Concat", parts, (rows, whole), axis=1)
+    if draw(st.booleans()):
+        result = writer.op(draw(st.sampled_from(UNARY)), [result], (rows, whole))
+    made = [part for part in parts if part not in writer.inputs]
+    others = draw(st.lists(st.sampled_from(made), max_size=2)) if made else []
+    return RandomModel(writer.model(list(dict.fromkeys([result, *others]))), writer.inputs)
+
+
+def _column(draw: st.DrawFn, writer: Writer, shape: Shape) -> str:
+    """A tensor of this shape: an input, or what is computed from one."""
+    alike = [name for name, other in writer.tensors.items() if other == shape]
+    name = draw(st.sampled_from(alike)) if alike and draw(st.booleans()) else writer.input(shape)
+    for op_type in draw(st.lists(st.sampled_from(UNARY), max_size=2)):
+        name = writer.op(op_type, [name], shape)
+    return name
+
+
+@st.composite
 def models_with_bodies(draw: st.DrawFn, most_nodes: int = 10) -> RandomModel:
     """A random graph whose last nodes lie in a branch of an If, or in the body of a Loop or a Scan."""
     model = draw(models(most_nodes))

@@ -11,7 +11,7 @@ from hypothesis import given, note, settings
 
 from apollo_fuse.tolerance import compare
 from tests.fusing import fuse_to_session
-from tests.properties.graphs import RandomModel, models, models_with_bodies
+from tests.properties.graphs import RandomModel, models, models_with_bodies, tables
 
 
 def check(model: RandomModel, cache: Path) -> None:
@@ -38,6 +38,12 @@ def test_a_random_graph_with_a_body_computes_what_it_did(cache: Path, model: Ran
     check(model, cache)
 
 
+@settings(max_examples=15)
+@given(tables())
+def test_a_random_table_computes_what_it_did(cache: Path, model: RandomModel) -> None:
+    check(model, cache)
+
+
 @pytest.mark.slow
 @settings(max_examples=400)
 @given(models(most_nodes=25))
@@ -49,4 +55,11 @@ def test_many_larger_random_graphs_compute_what_they_did(cache: Path, model: Ran
 @settings(max_examples=300)
 @given(models_with_bodies(most_nodes=25))
 def test_many_larger_random_graphs_with_bodies_compute_what_they_did(cache: Path, model: RandomModel) -> None:
+    check(model, cache)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(tables(most_parts=60))
+def test_many_larger_random_tables_compute_what_they_did(cache: Path, model: RandomModel) -> None:
     check(model, cache)
