@@ -26,7 +26,7 @@ from apollo_fuse.expressions import Apply, Block, Constant, Load, Op
 from apollo_fuse.graph import Refused, Value
 from apollo_fuse.index import Index
 from apollo_fuse.index import Iterator as Axis
-from apollo_fuse.kernel import Buffer, Compute, Kernel, KernelGroup, Loop, LoopKind, Scope, Target
+from apollo_fuse.kernel import Buffer, Compute, Copy, Kernel, KernelGroup, Loop, LoopKind, Scope, Target
 from apollo_fuse.tolerance import compare
 from apollo_fuse.verify import coarsest
 from models import BUILDERS, chains, memory_bound
@@ -230,6 +230,29 @@ def test_more_programs_than_a_grid_has_are_refused() -> None:
     refused = emit(elementwise(Index.of(2**38), DType.UINT8, Op.ADD), "op", "a kernel by hand")
     assert isinstance(refused, Refused)
     assert refused.reason == "more programs than a grid has" and str(2**32) in refused.evidence
+
+
+def test_more_tensors_than_a_launch_takes_are_refused() -> None:
+    """Each is an address, and a launch has 4 KiB for its arguments; of so many parts one is written each."""
+    item = Axis("g0", Index.of(64))
+
+    def kernel_of(parts: int) -> Program | Refused:
+        names = [f"in{n}" for n in range(parts)]
+        buffers = tuple(Buffer(n, DType.FLOAT32, Index.of(64), Scope.GLOBAL) for n in names)
+        out = Buffer("out0", DType.FLOAT32, Index.of(64 * parts), Scope.GLOBAL)
+        copies = tuple(
+            Copy(Target(name, Index.of(item)), Target("out0", Index.of(item) * parts + place))
+            for place, name in enumerate(names)
+        )
+        inputs = tuple(Value(n, DType.FLOAT32, (Index.of(64),)) for n in names)
+        outputs = (Value("out0", DType.FLOAT32, (Index.of(64), Index.of(parts))),)
+        kernel = Kernel("k0", (*buffers, out), (item,), copies)
+        return emit(KernelGroup(inputs, outputs, (), (), (kernel,)), "op", "a kernel by hand")
+
+    assert isinstance(kernel_of(511), Program)
+    refused = kernel_of(512)
+    assert isinstance(refused, Refused)
+    assert refused.reason == "more arguments than a launch has room for" and "513" in refused.evidence
 
 
 def test_no_name_of_the_model_reaches_the_text(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from apollo_fuse.index import ONE, Index
 from apollo_fuse.kernel import Buffer, Kernel, KernelGroup, Scope, buffers_of
 
 RULE = "codegen.triton"
+_ARGUMENTS = 512  # that fill the 4 KiB of a launch on any GPU
 _LARGE = 1 << 31  # elements from which on 32 bits hold no offset
 _HEAD = '''"""{comment}"""
 
@@ -134,6 +135,11 @@ def _kernel(
     block = BLOCK if writer.has_block else None
     warps = warps or warps_for(kernel, rows)
     launch = Launch(kernel.name, tensors, scratch, extents, block, warps, rows, kernel.items, kernel.form)
+    if not function and launch.width > _ARGUMENTS:
+        raise NotEmitted(
+            "more arguments than a launch has room for",
+            f"{launch.width} in {kernel.name}, at most {_ARGUMENTS}",
+        )
     own = ("number", "own") if function else (*tensors, *(b.name for b in scratch), *extents)
     parameters = ", ".join((*own, *(() if block is None else ("BLOCK: tl.constexpr",))))
     head = f"@triton.jit\ndef {function or kernel.name}({parameters}):\n"
