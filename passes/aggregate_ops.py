@@ -21,6 +21,7 @@ CALLED = 16 * 1024  # elements that take less time to move than an operator take
 _OPEN = 16  # what an open extent counts for beside that
 PARTS = 5
 """Times the limit of an area that a concatenation reaches with elementwise parts: loops side by side."""
+_READ = 500  # tensors that such an area may read; a GPU's launch has room for some more addresses
 EXPENSIVE = 10  # cost (see Block.cost) from which computing a value again is worse than keeping it
 
 
@@ -267,7 +268,7 @@ class _Growth:
             for operator, shape in zip(cluster, parts, strict=True)
         ]
         self.windows = [_windowed(operator) - self.parted[n] for n, operator in enumerate(cluster)]
-        self.read = [{v.name for v in operator.inputs if v.name in self.producer_of} for operator in cluster]
+        self.read = [{v.name for v in operator.inputs} for operator in cluster]
         self.sizes = {v.name: product(v.shape) for operator in cluster for v in operator.inputs}
         self.apart: list[set[int]] = [set() for _ in cluster]
         places = {operator.position: place for place, operator in enumerate(cluster)}
@@ -348,9 +349,7 @@ class _Growth:
     def _try(self, rule: Rule, producer: int, user: int) -> bool:
         a, b = self.areas[producer], self.areas[user]
         is_part = a.pattern <= Pattern.BROADCAST and self._is_part(producer, user)
-        if a.operators + b.operators > self.limits.operators * (PARTS if is_part else 1):
-            return False
-        if not b.may_read(a):
+        if not self._is_small_enough(producer, user, is_part) or not b.may_read(a):
             return False
         if rule.only_sole_user and self.contraction.successors(producer) != {user}:
             return False
@@ -364,6 +363,13 @@ class _Growth:
             self.assembled[user] |= {name for name in self.read[producer] if self.sizes[name] == a.domain}
         self._merge(producer, user)
         return True
+
+    def _is_small_enough(self, producer: int, user: int, is_part: bool) -> bool:
+        operators, most = self.areas[producer].operators + self.areas[user].operators, self.limits.operators
+        if operators <= most or not is_part:
+            return operators <= most
+        read, made = (facts[producer] | facts[user] for facts in (self.read, self.made))
+        return operators <= PARTS * most and len(read - made) <= _READ
 
     def _is_part(self, producer: int, user: int) -> bool:
         """Whether all that crosses is put together by the user, and nothing else is done with it there."""
