@@ -84,7 +84,7 @@ class Options:
     cache_dir: where compiled kernels are kept between runs.
     compiler: the command of the C compiler; None looks for gcc, clang, then the ziglang package.
     threads: threads to compile, measure and verify with; None takes all cores.
-    max_area_operators: most primitive operators in one micro-graph, and a fifth of those in one that puts
+    max_area_operators: most primitive operators in one micro-graph; five times as many in one that puts
         elementwise parts together.
     max_depth_operators: most primitive operators that a broadcast or reduction rule adds in depth.
     isl_max_operations: isl operations that one scheduling call may spend before it is refused.

@@ -3,6 +3,7 @@
 Columns lie in memory as they come, often at the same place of a page each: their lines push each other out of
 the nearest cache, which holds eight of them or twelve.  An item of one row reads a line of each for one
 element, and finds none of them again.  With as many rows as a line holds elements, each line is read once.
+Rows that are work for a thread each hide that, and stay apart.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from apollo_fuse.kernel import (
     in_blocks_of,
     read_by,
     walk,
+    work,
     written_by,
 )
+from apollo_fuse.passes.tile_and_map import GRAIN
 
 _ROWS = 16  # elements of 4 bytes in a line
 _MANY = 8  # lines that every nearest cache holds of one place in a page
@@ -37,7 +40,8 @@ def tile_rows(kernel: Kernel) -> Kernel:
     if read_by(kernel.body) & written_by(kernel.body):
         return kernel
     *outer, row = kernel.grid
-    if len(_columns(kernel, row)) <= _MANY:
+    cheap = work(kernel.body).constant
+    if cheap is None or _ROWS * cheap > GRAIN or len(_columns(kernel, row)) <= _MANY:
         return kernel
     tiles = [in_blocks_of(Loop(row, LoopKind.SEQUENTIAL, steps), _ROWS) for steps in _parts(kernel.body)]
     block, _ = tiles[0]  # alike for all

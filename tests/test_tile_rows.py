@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, walk
+from apollo_fuse.kernel import Compute, Kernel, Loop, LoopKind, walk, work
+from apollo_fuse.passes import tile_rows as pass_
 from apollo_fuse.passes.tile_rows import tile_rows
 from models import memory_bound
 from tests.fusing import fuse_to_session, kernels
@@ -41,6 +42,16 @@ def test_a_few_parts_are_written_in_several_rows_each(
 def test_a_few_columns_stay_in_the_nearest_cache(tmp_path: Path) -> None:
     kernel, found = tiled(1024, 3, tmp_path)
     assert found == kernel
+
+
+def test_rows_that_are_work_for_a_thread_each_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, found = tiled(1024, MANY, tmp_path)
+    each = work(kernel.body).constant
+    assert found != kernel and each is not None
+    monkeypatch.setattr(pass_, "GRAIN", 16 * each - 1)
+    assert tile_rows(kernel) == kernel
 
 
 def test_a_kernel_that_passes_values_on_stays(tmp_path: Path) -> None:
