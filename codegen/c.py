@@ -61,6 +61,7 @@ _LOWERING: tuple[Callable[[Kernel], Kernel], ...] = (
 
 def emit(group: KernelGroup, name: str, comment: str) -> str:
     """The translation unit that defines ``const af_op AF_OP(NAME)``; `comment` says what it computes."""
+    # no part of the lowering: it changes what an item is, and so the grid and the work of one
     kernels = [_kernel(group, tile_rows(kernel)) for kernel in group.kernels]
     headers = ["kernel.h", "scalar.h"]
     if any("af_transpose_" in kernel for kernel in kernels):

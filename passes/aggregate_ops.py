@@ -63,7 +63,8 @@ class Area:
         for axes, shape in ((p.row_axes, p.output.shape) for p in operator.primitives):
             if axes is not None:  # in rows with padding, of which only its result's points count
                 domain, rows = product(operator.outputs[0].shape), product(shape[:axes])
-        in_parts = _is_in_parts(operator)
+        results = [p.output.name for p in operator.primitives]
+        in_parts = len(set(results)) < len(results)
         return Area(operator.pattern, 1, domain, rows, operator.cost, in_parts, followed, pointwise)
 
     def joined(self, other: Area) -> Area:
@@ -262,10 +263,13 @@ class _Growth:
         }
         self.made = [{v.name for v in operator.outputs} for operator in cluster]
         self.parted = [_parted(operator) for operator in cluster]
-        self.put_together = [_assembled(o) if _is_in_parts(o) else set[str]() for o in cluster]
+        self.put_together = [
+            _assembled(operator) if self.areas[place].in_parts else set[str]()
+            for place, operator in enumerate(cluster)
+        ]
         self.assembled = [
-            set() if shape is None else _assembled(operator)
-            for operator, shape in zip(cluster, parts, strict=True)
+            set() if shape is None else set(together)
+            for together, shape in zip(self.put_together, parts, strict=True)
         ]
         self.windows = [_windowed(operator) - self.parted[n] for n, operator in enumerate(cluster)]
         self.read = [{v.name for v in operator.inputs} for operator in cluster]
@@ -348,13 +352,14 @@ class _Growth:
 
     def _try(self, rule: Rule, producer: int, user: int) -> bool:
         a, b = self.areas[producer], self.areas[user]
-        is_part = a.pattern <= Pattern.BROADCAST and self._is_part(producer, user)
-        if not self._is_small_enough(producer, user, is_part) or not b.may_read(a):
+        if a.operators + b.operators > self.limits.operators and not self._is_taken_in(producer, user):
+            return False
+        if not b.may_read(a):
             return False
         if rule.only_sole_user and self.contraction.successors(producer) != {user}:
             return False
         windowed = not self.made[producer].isdisjoint(self.windows[user])
-        edge = Edge(a, b, self._relation(producer, user), windowed, is_part)
+        edge = Edge(a, b, self._relation(producer, user), windowed, self._is_part(producer, user))
         if not rule.allows(edge, self.limits) or not self._apart_allowed(producer, user):
             return False
         if self.contraction.detour(producer, user):
@@ -364,16 +369,18 @@ class _Growth:
         self._merge(producer, user)
         return True
 
-    def _is_small_enough(self, producer: int, user: int, is_part: bool) -> bool:
-        operators, most = self.areas[producer].operators + self.areas[user].operators, self.limits.operators
-        if operators <= most or not is_part:
-            return operators <= most
+    def _is_taken_in(self, producer: int, user: int) -> bool:
+        """Whether areas that are too large for one may be, as parts and what puts them together."""
+        if not self._is_part(producer, user):
+            return False
+        operators = self.areas[producer].operators + self.areas[user].operators
         read, made = (facts[producer] | facts[user] for facts in (self.read, self.made))
-        return operators <= PARTS * most and len(read - made) <= _READ
+        return operators <= PARTS * self.limits.operators and len(read - made) <= _READ
 
     def _is_part(self, producer: int, user: int) -> bool:
-        """Whether all that crosses is put together by the user, and nothing else is done with it there."""
-        return self._crossing(producer, user) <= self.put_together[user]
+        """Whether the producer is elementwise, and all that crosses is put together by the user."""
+        elementwise = self.areas[producer].pattern <= Pattern.BROADCAST
+        return elementwise and self._crossing(producer, user) <= self.put_together[user]
 
     def _merge(self, a: int, b: int) -> None:
         joined = self.areas.pop(a).joined(self.areas.pop(b))
@@ -407,12 +414,6 @@ class _Growth:
             return Relation.ONE_TO_ONE
         smaller = all(s == size or size.exact_quotient(s) is not None for s in sizes)
         return Relation.BROADCAST if smaller else Relation.GENERAL
-
-
-def _is_in_parts(operator: Operator) -> bool:
-    """Whether it writes a result in parts, as a concatenation does."""
-    results = [p.output.name for p in operator.primitives]
-    return len(set(results)) < len(results)
 
 
 def _extents(primitive: Primitive) -> tuple[Index, Index]:

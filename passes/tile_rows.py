@@ -40,8 +40,10 @@ def tile_rows(kernel: Kernel) -> Kernel:
     if read_by(kernel.body) & written_by(kernel.body):
         return kernel
     *outer, row = kernel.grid
+    if len(_columns(kernel, row)) <= _MANY:
+        return kernel
     cheap = work(kernel.body).constant
-    if cheap is None or _ROWS * cheap > GRAIN or len(_columns(kernel, row)) <= _MANY:
+    if cheap is None or _ROWS * cheap > GRAIN:
         return kernel
     tiles = [in_blocks_of(Loop(row, LoopKind.SEQUENTIAL, steps), _ROWS) for steps in _parts(kernel.body)]
     block, _ = tiles[0]  # alike for all
