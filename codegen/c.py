@@ -40,6 +40,7 @@ from apollo_fuse.passes.hoist_lanes import hoist_lanes
 from apollo_fuse.passes.jam_rows import jam_rows
 from apollo_fuse.passes.near_rows import near_rows
 from apollo_fuse.passes.overlap_tails import overlap_tails
+from apollo_fuse.passes.part_streams import part_streams
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
 from apollo_fuse.passes.sum_in_lanes import sum_in_lanes
@@ -53,6 +54,7 @@ _LOWERING: tuple[Callable[[Kernel], Kernel], ...] = (
     split_borders,
     near_rows,
     sum_in_lanes,
+    part_streams,
     overlap_tails,
     in_blocks,
 )
