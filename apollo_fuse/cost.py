@@ -18,8 +18,9 @@ from itertools import pairwise, zip_longest
 from apollo_fuse.extents import evaluate, evaluate_formula
 from apollo_fuse.index import Symbol
 from apollo_fuse.kernel import Kernel, KernelGroup, Scope
-from apollo_fuse.machine import FUNCTIONS, MOVES, Gpu, Level, Machine, Unit
+from apollo_fuse.machine import ACROSS, FUNCTIONS, MOVES, Gpu, Level, Machine, Unit
 from apollo_fuse.occupancy import Block, reached
+from apollo_fuse.passes.overlap_tails import SHORTEST
 from apollo_fuse.passes.tile_and_map import GRAIN
 from apollo_fuse.scop import Derived
 from apollo_fuse.strides import Numbers
@@ -30,6 +31,7 @@ _MOST_CHUNKS = (
 )
 _FINER = 4
 
+_WITHIN = {across: within for within, across in ACROSS.items()}  # as elements lie, which move one by one
 _DIVIDER = frozenset({Unit.DIVIDE, Unit.SQRT})  # a part of the core that additions and products leave idle
 _SHARPNESS = 4  # of the roof's edge: where core and memory take as long, a kernel takes a fifth longer
 
@@ -95,9 +97,9 @@ def cost_of_stitch(
 
     rows: on a GPU the items in a block of each group, where those differ.
     """
-    stages = list(
-        zip_longest(*([work_of(k, sizes, machine) for k in taken(group, sizes)] for group, sizes in groups))
-    )
+    works = [[work_of(k, sizes, machine) for k in taken(group, sizes)] for group, sizes in groups]
+    stages = list(zip_longest(*works))
+    touched = sum(map(_touched, works))
     launches = [[work for work in stage if work is not None] for stage in stages]
     if machine.gpu is not None:
         block = block or Block()
@@ -105,12 +107,14 @@ def cost_of_stitch(
         blocks = [
             sum(-(-w.items // n) for w, n in zip(s, items, strict=True) if w is not None) for s in stages
         ]
-        parts = [_on_gpu(w, machine, machine.gpu, block, n) for w, n in zip(launches, blocks, strict=True)]
+        parts = [
+            _on_gpu(w, touched, machine, machine.gpu, block, n) for w, n in zip(launches, blocks, strict=True)
+        ]
         return _sum(parts, machine.node * len(parts))
     used = max(1, machine.cores if threads is None else min(threads, machine.cores))
     tensors = sum(len(group.inputs) + len(group.outputs) for group, _ in groups)
     calls = machine.node + tensors * machine.argument
-    return _sum([_launch(works, machine, used) for works in launches], calls)
+    return _sum([_launch(w, touched, machine, used) for w in launches], calls)
 
 
 def taken(group: KernelGroup, sizes: Mapping[Symbol, int]) -> tuple[Kernel, ...]:
@@ -163,27 +167,39 @@ def _sum(parts: Sequence[Cost], calls: float) -> Cost:
     )
 
 
-def _launch(works: Sequence[Work], machine: Machine, threads: int) -> Cost:
-    """Kernels whose items are parted among threads together."""
+def _touched(works: Sequence[Work]) -> float:
+    """Bytes of lines of the tensors that the kernels of a group read or write, one after the other."""
+    read: dict[str, float] = {}
+    written: dict[str, float] = {}
+    for traffic in (t for work in works for t in work.traffic if t.scope is Scope.GLOBAL):
+        if traffic.is_write:  # each a part
+            written[traffic.buffer] = written.get(traffic.buffer, 0.0) + traffic.lines
+        else:
+            read[traffic.buffer] = max(read.get(traffic.buffer, 0.0), traffic.lines)
+    return sum(max(read.get(name, 0.0), written.get(name, 0.0)) for name in read.keys() | written.keys())
+
+
+def _launch(works: Sequence[Work], touched: float, machine: Machine, threads: int) -> Cost:
+    """Kernels whose items are parted among threads together, of a run that touches so many bytes."""
     items, cheap = sum(work.items for work in works), sum(work.items * work.cheap for work in works)
     chunks = _chunks(items, cheap)
     used = min(threads, chunks)
-    core = starts = 0.0
+    core = across = starts = 0.0
     for stretch in (stretch for work in works for stretch in work.stretches):
-        turns, start = _core(stretch, machine)
-        core, starts = core + turns, starts + start
+        turns, twice, start = _core(stretch, machine)
+        core, across, starts = core + turns, across + twice, starts + start
     starts += items * machine.item
-    moved = _moved(works, machine, used)
+    moved = _moved(works, touched, machine, used)
     levels = machine.levels[1:]
     one = {level.name: moved[level.name].seconds(level, 1) for level in levels}
     if used == 1:
-        elapsed = _overlapped(core, max(one.values(), default=0.0)) + starts
+        elapsed = _overlapped(core, across + max(one.values(), default=0.0)) + starts
     else:
         streamed = (_streamed(moved[x.name].seconds(x, used), one[x.name], machine.wake) for x in levels)
         computed = _schedule((core + starts) / chunks, chunks, used, machine.wake)
-        elapsed = machine.launch + _overlapped(computed, max(streamed, default=0.0))
+        elapsed = machine.launch + _overlapped(computed, across / used + max(streamed, default=0.0))
     together = max((moved[level.name].seconds(level, used) for level in levels), default=0.0)
-    shared = _overlapped(core / used, together) + starts / used
+    shared = _overlapped(core / used, across / used + together) + starts / used
     return Cost(
         core,
         one,
@@ -196,11 +212,13 @@ def _launch(works: Sequence[Work], machine: Machine, threads: int) -> Cost:
     )
 
 
-def _on_gpu(works: Sequence[Work], machine: Machine, gpu: Gpu, block: Block, blocks: int) -> Cost:
+def _on_gpu(
+    works: Sequence[Work], touched: float, machine: Machine, gpu: Gpu, block: Block, blocks: int
+) -> Cost:
     """Blocks compute items, threads lanes; rates are those of all multiprocessors together."""
     share = reached(gpu, block, blocks)
     core = sum(_core(stretch, machine)[0] for work in works for stretch in work.stretches)
-    moved = _moved(works, machine, gpu.multiprocessors)
+    moved = _moved(works, touched, machine, gpu.multiprocessors)
     memory = {
         level.name: moved[level.name].seconds(level, gpu.multiprocessors) for level in machine.levels[1:]
     }
@@ -259,32 +277,30 @@ class _Moved:
         return self.read / reading + self.written / writing
 
 
-def _moved(works: Sequence[Work], machine: Machine, threads: int) -> dict[str, _Moved]:
+def _moved(works: Sequence[Work], touched: float, machine: Machine, threads: int) -> dict[str, _Moved]:
     """What each level but the nearest delivers and takes, where a run finds what the one before has left.
 
-    For each kernel by itself: what it reads of what others write is counted for neither.
+    touched: bytes of lines that come between two uses of one, those of a whole run.
     """
     found: dict[str, _Moved] = {}
     for nearer, level in pairwise(machine.levels):
         assert nearer.size is not None
         room = nearer.size if nearer.shared else nearer.size * threads
+        share = missing(touched, room)
         read = written = 0.0
-        for work in works:
-            own = [traffic for traffic in work.traffic if traffic.scope is Scope.GLOBAL]
-            share = missing(sum(traffic.lines for traffic in own), room)
-            for traffic in own:
-                lines = traffic.lines * share
-                for between, again in traffic.again:
-                    lines += again * missing(between, nearer.size)
-                if traffic.is_write:
-                    written += lines
-                else:
-                    read += lines
+        for traffic in (t for work in works for t in work.traffic if t.scope is Scope.GLOBAL):
+            lines = traffic.lines * share
+            for between, again in traffic.again:
+                lines += again * missing(between, nearer.size)
+            if traffic.is_write:
+                written += lines
+            else:
+                read += lines
         found[level.name] = _Moved(round(read), round(written))
     return found
 
 
-def missing(touched: int, room: int) -> float:
+def missing(touched: float, room: int) -> float:
     """The share of what is touched in turn that is not found again in a cache of this size.
 
     Least recently used lines go first: what is a little larger than the cache is never found. Real caches
@@ -293,14 +309,21 @@ def missing(touched: int, room: int) -> float:
     return min(1.0, max(0.0, (touched / room - 0.5) / 0.75))
 
 
-def _core(stretch: Stretch, machine: Machine) -> tuple[float, float]:
-    """Seconds of the iterations, and of the starts, of a stretch on one thread."""
-    arithmetic = divider = functions = ports = 0.0
-    for (unit, size), count in stretch.operations.items():
+def _core(stretch: Stretch, machine: Machine) -> tuple[float, float, float]:
+    """Seconds of the iterations, and of the starts, of a stretch on one thread.
+
+    Between the two stands the part of the iterations in which the nearest cache is busy with vectors that lie
+    across two of its lines, and takes none from further levels.
+    """
+    arithmetic = divider = functions = ports = across = 0.0
+    for (found, size), count in stretch.operations.items():
+        unit = found if stretch.is_vector else _WITHIN.get(found, found)
         factor = 1.0 if stretch.is_vector else _scalar(unit, size, machine)
         seconds = count * factor * machine.of(unit, size)
         if unit in MOVES:
             ports += seconds
+            if unit in _WITHIN:
+                across += max(0.0, seconds - count * machine.of(_WITHIN[unit], size))
         elif unit in FUNCTIONS:  # which divide, too
             functions += seconds
         elif unit in _DIVIDER:
@@ -310,28 +333,29 @@ def _core(stretch: Stretch, machine: Machine) -> tuple[float, float]:
     chain = max((machine.of(unit, size) for unit, size in stretch.chains), default=0.0)
     whole = stretch.is_vector and stretch.is_ragged
     beside = max(arithmetic, divider) + (1 - machine.hidden) * min(arithmetic, divider)
-    turns = max(functions + beside, ports, chain) * (_whole(stretch, machine) if whole else stretch.turns)
-    if not stretch.is_loop:
-        return turns, 0.0
-    return turns, stretch.starts * (machine.drain if stretch.is_awaited else machine.loop)
+    turns = _whole(stretch, machine) if whole else stretch.turns
+    seconds = max(functions + beside, ports, chain) * turns
+    start = machine.drain if stretch.is_awaited else machine.loop
+    return seconds, across * turns, stretch.starts * start if stretch.is_loop else 0.0
 
 
 def _whole(stretch: Stretch, machine: Machine) -> float:
     """Iterations of a loop of vectors, with those that fill no vector counted for what they take.
 
-    What is left takes half a vector, then elements one by one; either takes half as long as a vector. A loop
-    that is known to fill no vector is made of smaller ones.
+    What is left takes half a vector, then elements one by one, or one vector of `SHORTEST` that starts early;
+    a half or an element takes half as long as a vector.
     """
     if not stretch.starts:
         return 0.0
-    widest = lanes = machine.lanes(max((size for _, size in stretch.operations), default=4))
+    lanes = machine.lanes(max((size for _, size in stretch.operations), default=4))
     each = stretch.turns / stretch.starts
-    while stretch.is_known and 1 < lanes > each:
-        lanes //= 2
-    vectors, rest = divmod(each, lanes)
-    halves, single = divmod(rest, max(1, lanes // 2))
-    pieces = halves + math.ceil(single) + (vectors if lanes < widest else 2 * vectors)
-    return stretch.starts * pieces * widest / 2
+    if stretch.is_covered and each >= SHORTEST:
+        halves = math.ceil(each / SHORTEST) * max(1.0, 2 * SHORTEST / lanes)
+    else:
+        vectors, rest = divmod(each, lanes)
+        half, single = divmod(rest, max(1, lanes // 2))
+        halves = 2 * vectors + half + math.ceil(single)
+    return stretch.starts * halves * lanes / 2
 
 
 def _scalar(unit: Unit, size: int, machine: Machine) -> float:

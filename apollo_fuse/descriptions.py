@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apollo_fuse.cpu import Cpu
-from apollo_fuse.machine import FUNCTIONS, MOVES, Gpu, Level, Machine, Runtime, Unit
+from apollo_fuse.machine import ACROSS, FUNCTIONS, MOVES, Gpu, Level, Machine, Runtime, Unit
 
 _KIB, _MIB = 1 << 10, 1 << 20
 _GIGA = 1e9
@@ -148,6 +148,10 @@ def generic(cpu: Cpu, cores: int = _CORE_COUNT) -> Machine:
             seconds[unit, size] = slower * cycles * cycle * size / vector
     for unit, cycles in _CYCLES_AN_ELEMENT.items():
         seconds |= {(unit, size): cycles * cycle for size in (4, 8)}
+    line = 64
+    for within, across in ACROSS.items():  # moves twice what lies in two lines
+        crossing = min(1.0, core.vector / line)
+        seconds |= {(across, size): (1 + crossing) * seconds[within, size] for size in (1, 2, 4, 8)}
     seconds[Unit.CONVERT, 2] = 0.5 * cycle  # between float16 and float32, which takes many steps
     seconds |= {(unit, 8): _DOUBLE_FUNCTION * cycle for unit in FUNCTIONS}
     levels = (
@@ -162,7 +166,7 @@ def generic(cpu: Cpu, cores: int = _CORE_COUNT) -> Machine:
         source=f"a general description of {cpu}",
         cores=cores,
         vector=core.vector,
-        line=64,
+        line=line,
         ways=8,
         levels=levels,
         seconds=seconds,

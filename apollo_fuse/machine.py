@@ -41,6 +41,8 @@ class Unit(Enum):
     LIBRARY = "library"  # functions that are calls of the C library
     LOAD = "load"  # of neighbouring elements into one vector
     STORE = "store"
+    LOAD_ACROSS = "load_across"  # the same, where vectors begin within a line of the cache
+    STORE_ACROSS = "store_across"
     STRIDED = "strided"  # of elements so near each other that they are shuffled out of vectors
     GATHER = "gather"  # of elements that are no neighbours
     SCATTER = "scatter"
@@ -84,11 +86,14 @@ UNITS: Mapping[Op, Unit] = {op: Unit.SIMPLE for op in Op} | {
 
 MOVES = frozenset(
     {
-        *(Unit.LOAD, Unit.STORE, Unit.STRIDED, Unit.GATHER, Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER),
-        Unit.CLAMPED,
+        *(Unit.LOAD, Unit.STORE, Unit.LOAD_ACROSS, Unit.STORE_ACROSS, Unit.STRIDED, Unit.GATHER),
+        *(Unit.SCATTER, Unit.FAR_GATHER, Unit.FAR_SCATTER, Unit.CLAMPED),
     }
 )
 """Reads and writes."""
+
+ACROSS: Mapping[Unit, Unit] = {Unit.LOAD: Unit.LOAD_ACROSS, Unit.STORE: Unit.STORE_ACROSS}
+"""What moves of vectors are where these lie across lines of the cache."""
 
 FUNCTIONS = frozenset(
     {

@@ -17,7 +17,8 @@ from apollo_fuse.expressions import Apply, Constant, Load, Op, Position
 from apollo_fuse.index import Index, Indirect, Iterator, Maximum, Quotient
 from apollo_fuse.kernel import Compute, Copy, Initialise, Kernel, Loop, LoopKind, Scope, Step, Target
 from apollo_fuse.kernel import work as operations
-from apollo_fuse.machine import UNITS, Machine, Unit, is_vectorised
+from apollo_fuse.machine import ACROSS, UNITS, Machine, Unit, is_vectorised
+from apollo_fuse.passes.overlap_tails import is_covered
 from apollo_fuse.strides import Numbers, Sizes
 from apollo_fuse.traffic import Access, Footprints, Traffic
 
@@ -36,7 +37,7 @@ class Stretch:
     operations: operations of one iteration by unit and bytes of the element; chains: those of them that wait
         for the iteration before.
     is_ragged: whether each run of the loop may end within a vector, and not the last of many tiles alone.
-    is_known: whether a compiler sees how often the loop turns.
+    is_covered: whether a last vector that starts early does what whole ones leave (passes/overlap_tails.py).
     is_awaited: whether a later loop of the item waits for what the chains come to.
     """
 
@@ -47,7 +48,7 @@ class Stretch:
     operations: Mapping[tuple[Unit, int], float]
     chains: Mapping[tuple[Unit, int], int]
     is_ragged: bool = True
-    is_known: bool = False
+    is_covered: bool = False
     is_awaited: bool = False
 
 
@@ -131,8 +132,8 @@ class _Counting:
         if known is not None and known <= _UNROLLED and len(body) == len(loop.body):
             self._stretch(loop.body, inside, turns, turns, None, written_out=True)
         elif loop.kind is LoopKind.LANE or len(body) + len(unrolled) == len(loop.body):
-            known = loop.turns.constant is not None
-            self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged, known)
+            covered = is_covered(self.kernel, loop)
+            self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged, covered)
         else:
             self._steps(loop.body, inside, turns)
 
@@ -153,14 +154,14 @@ class _Counting:
         turns: float,
         lane: Iterator | None,
         ragged: bool = True,
-        known: bool = False,
+        covered: bool = False,
         written_out: bool = False,
     ) -> None:
         body = _Body(self, lane, written_out)
         body.steps(steps, around, 1)
         is_vector = lane is not None and body.is_vector
         self.stretches.append(
-            Stretch(starts, turns, lane is not None, is_vector, body.operations, body.chains, ragged, known)
+            Stretch(starts, turns, lane is not None, is_vector, body.operations, body.chains, ragged, covered)
         )
 
     # -- traffic ----------------------------------------------------------------------------
@@ -184,7 +185,7 @@ class _Body:
     counting: _Counting
     lane: Iterator | None
     is_written_out: bool = False
-    operations: Counter[tuple[Unit, int]] = field(default_factory=Counter)
+    operations: dict[tuple[Unit, int], float] = field(default_factory=dict)
     chains: Counter[tuple[Unit, int]] = field(default_factory=Counter)
     is_vector: bool = True
     _read: set[tuple[str, Index]] = field(default_factory=set)
@@ -274,7 +275,12 @@ class _Body:
 
     def _move(self, target: Target, is_write: bool, times: int) -> None:
         size = self.counting.kernel.buffer(target.buffer).dtype.size
-        self._count(self._unit(target, size, is_write), size, times)
+        unit = self._unit(target, size, is_write)
+        across = self._across(target.offset, size) if unit in ACROSS else 0.0
+        if across:
+            self._count(ACROSS[unit], size, times * across)
+        if across < 1:
+            self._count(unit, size, times * (1 - across))
         for atom in target.offset.atoms():
             match atom:
                 case Quotient(numerator, _) if self.lane in numerator.iterators():
@@ -306,6 +312,15 @@ class _Body:
         crowded = self.counting.machine.is_crowded(apart * size, numbers.extent(self.lane))
         return far if crowded else near
 
+    def _across(self, offset: Index, size: int) -> float:
+        """The share of rows that do not begin where a vector would lie within a line."""
+        if self.lane is None:
+            return 0.0
+        numbers, vector = self.counting.numbers, self.counting.machine.vector
+        apart = [stride * size for atom, stride in numbers.strides(offset).items() if atom != self.lane]
+        divisor = math.gcd(vector, *apart)
+        return 1.0 if numbers.number(offset) * size % divisor else 1 - divisor / vector
+
     def _widen(self, dtype: DType, times: int) -> None:
         if dtype.compute is not dtype:
             self._count(Unit.CONVERT, dtype.size, times)
@@ -313,5 +328,5 @@ class _Body:
     def _moves(self, offset: Index) -> bool:
         return self.lane is not None and self.lane in offset.iterators()
 
-    def _count(self, unit: Unit, size: int, times: int) -> None:
-        self.operations[unit, size] += times
+    def _count(self, unit: Unit, size: int, times: float) -> None:
+        self.operations[unit, size] = self.operations.get((unit, size), 0) + times

@@ -1,11 +1,10 @@
 """What the cost model predicts against what is measured, kernel by kernel: ``python -m benchmarks.cost``.
 
 Every distinct kernel of the models is run by itself, as the plugin runs it: through onnxruntime, inputs
-bound, the median of many runs. In turn with it runs an op with the same inputs and outputs whose kernel does
-nothing; the difference is the kernel's own time, which the model has to predict. onnxruntime's own operators
-are measured the same way. A machine that others use as well is not always as fast: for each model the
-processor is calibrated and all kernels are measured, in rounds, and of either the quietest reading counts.
-Nothing is fitted to kernels.
+bound. In turn with it runs an op with the same inputs and outputs whose kernel does nothing; the difference
+is the kernel's own time, which the model has to predict. onnxruntime's own operators are measured the same
+way. A machine that others use as well is not always as fast: for each model the processor is calibrated and
+all kernels are measured, in rounds, and of either the quietest reading counts. Nothing is fitted to kernels.
 """
 
 from __future__ import annotations
@@ -85,7 +84,8 @@ def rows_of(
 
 def quietest(machines: Sequence[Machine]) -> Machine:
     """Of a machine that was calibrated several times the figures that others disturbed the least."""
-    times: dict[str, Any] = {name: min(getattr(machine, name) for machine in machines) for name in TIMES}
+    names = [name for name in TIMES if name != "wake"]
+    times: dict[str, Any] = {name: min(getattr(machine, name) for machine in machines) for name in names}
     runtimes = [machine.runtime for machine in machines if machine.runtime is not None]
     levels = [
         replace(
@@ -101,6 +101,7 @@ def quietest(machines: Sequence[Machine]) -> Machine:
         levels=tuple(levels),
         seconds={key: min(machine.seconds[key] for machine in machines) for key in machines[0].seconds},
         hidden=statistics.median(machine.hidden for machine in machines),
+        wake=statistics.median(machine.wake for machine in machines),  # what most runs wait, as in each
         runtime=replace(
             runtimes[0],
             node=min(runtime.node for runtime in runtimes),
@@ -132,8 +133,8 @@ def _link(candidates: Sequence[Candidate], library: Path, options: Options, thre
 class _Running:
     """A kernel, an op with the same tensors that does nothing, and onnxruntime's operators, as sessions.
 
-    The times are seconds of a run: the median of a round, the least of all rounds. called: of the idle op
-    beside the kernel. beside: the same beside the operators.
+    The times are seconds of a run, the least of all readings. called: of the idle op beside the kernel.
+    beside: the same beside the operators.
     """
 
     candidate: Candidate
@@ -152,8 +153,8 @@ class _Running:
         timed = partial(interleaved, feeds=self.feeds, seconds=seconds, minimum_runs=_READINGS)
         fused, called = timed([kernel, idle])
         unfused, beside = timed([operators, idle])
-        self.fused, self.called = min(self.fused, fused.median), min(self.called, called.median)
-        self.unfused, self.beside = min(self.unfused, unfused.median), min(self.beside, beside.median)
+        self.fused, self.called = min(self.fused, fused.minimum), min(self.called, called.minimum)
+        self.unfused, self.beside = min(self.unfused, unfused.minimum), min(self.beside, beside.minimum)
 
     def row(self, name: str, machine: Machine) -> KernelRow:
         cost = cost_of(self.candidate.group, self.extents, machine)

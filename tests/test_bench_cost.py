@@ -102,4 +102,6 @@ def test_of_several_calibrations_each_figure_is_the_quietest() -> None:
         levels=(replace(near, read=near.read / 2), *further),
         wake=machine.wake / 2,
     )
-    assert quietest([machine, busy]) == quietest([busy, machine]) == replace(machine, wake=machine.wake / 2)
+    assert (
+        quietest([machine, busy]) == quietest([busy, machine]) == replace(machine, wake=0.75 * machine.wake)
+    )

@@ -146,6 +146,8 @@ def test_every_unit_has_a_kernel_or_a_loop_that_measures_it() -> None:
     moves = {
         Unit.LOAD,
         Unit.STORE,
+        Unit.LOAD_ACROSS,
+        Unit.STORE_ACROSS,
         Unit.STRIDED,
         Unit.GATHER,
         Unit.SCATTER,

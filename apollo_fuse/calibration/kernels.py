@@ -32,6 +32,8 @@ CHAIN = 16
 """Simple operations in a row where one would hide behind the reads and writes around it."""
 MANY = 8
 """Operations side by side, where one in a row with others would wait for them."""
+STREAMS = 8
+"""Rows that are read side by side and added up; what is written besides is little of it."""
 SHORT = 64
 """Turns of a loop whose start is looked for, beside one of twice as many."""
 APART = 7
@@ -93,7 +95,8 @@ def timeable() -> Timeable:
     """A group over one tensor of each type, ``[n0, LANES]``, in and out."""
     units = tuple(_units())
     kernels = [timed.kernel for timed in units]
-    kernels += [_copy(), _loads(), _fill(), _strip(), _rows(SHORT), _rows(2 * SHORT)]
+    kernels += [_loads("loads"), _loads("loads_across", 1), _fill("fill"), _fill("fill_across", 1)]
+    kernels += [_copy(), _strip(), _rows(SHORT), _rows(2 * SHORT)]
     kernels += [_elementwise("divided", DType.FLOAT32, DType.FLOAT32, _divided)]
     kernels += [_apart("strided", True, 2), _apart("gathered", True), _apart("scattered", False)]
     kernels += [_clamped(), _transposed("far_gathered", True), _transposed("far_scattered", False)]
@@ -267,25 +270,25 @@ def _copy() -> Kernel:
     return _elementwise("copy", DType.FLOAT32, DType.FLOAT32, lambda builder, place, dtype: place)
 
 
-def _loads() -> Kernel:
-    """Sums of four streams, so that reading is what it waits for."""
-    item, lane = _iterators(LANES // 4)
+def _loads(name: str, first: int = 0) -> Kernel:
+    """Sums of streams, so that reading is what it waits for; each from so many elements behind a line on."""
+    item, lane = _iterators(LANES // 2)
     builder = BlockBuilder()
-    offset = Index.of(item) * LANES + Index.of(lane)
-    places = [builder.add(Load("in0", (offset + part * (LANES // 4),), DType.FLOAT32)) for part in range(4)]
-    pairs = [builder.add(Apply(Op.ADD, (places[n], places[n + 1]), DType.FLOAT32)) for n in (0, 2)]
-    builder.add(Apply(Op.ADD, (pairs[0], pairs[1]), DType.FLOAT32))
+    offset = Index.of(item) * (STREAMS * LANES // 2) + Index.of(lane)
+    starts = [offset + (first + part * (LANES // 2)) for part in range(STREAMS)]
+    sums = [builder.add(Load("in0", (start,), DType.FLOAT32)) for start in starts]
+    while len(sums) > 1:
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        sums = [builder.add(Apply(Op.ADD, pair, DType.FLOAT32)) for pair in pairs]
     compute = Compute("S0", builder.build(), (Target("out0", offset),))
-    return _kernel("loads", (item,), (Loop(lane, LoopKind.LANE, (compute,)),))
+    return _kernel(name, (item,), (Loop(lane, LoopKind.LANE, (compute,)),))
 
 
-def _fill() -> Kernel:
+def _fill(name: str, first: int = 0) -> Kernel:
     item, lane = _iterators()
-    offset = Index.of(item) * LANES + Index.of(lane)
+    target = Target("out0", Index.of(item) * LANES + Index.of(lane) + first)
     block = Block((Load("in0", (Index.of(item),), DType.FLOAT32),))
-    return _kernel(
-        "fill", (item,), (Loop(lane, LoopKind.LANE, (Compute("S0", block, (Target("out0", offset),)),)),)
-    )
+    return _kernel(name, (item,), (Loop(lane, LoopKind.LANE, (Compute("S0", block, (target,)),)),))
 
 
 def _rows(turns: int) -> Kernel:

@@ -21,13 +21,13 @@ from time import perf_counter
 import numpy as np
 
 from apollo_fuse.calibration import kernels, runtime
-from apollo_fuse.calibration.kernels import LANES, MANY, SHORT, Timeable
+from apollo_fuse.calibration.kernels import LANES, MANY, SHORT, STREAMS, Timeable
 from apollo_fuse.codegen import c, link
 from apollo_fuse.codegen.table import alone, tables
 from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import cpu_name
 from apollo_fuse.descriptions import generic
-from apollo_fuse.machine import Level, Machine, Unit
+from apollo_fuse.machine import ACROSS, Level, Machine, Unit
 
 _READINGS = 7
 _ROUNDS = 2
@@ -145,18 +145,21 @@ def _operations(loops: _Loops, base: Machine) -> dict[tuple[Unit, int], float]:
     def note(unit: Unit, size: int, seconds: float) -> None:
         found[unit, size] = believed(seconds, base.of(unit, size))
 
-    least = {timed.kernel.name: float("inf") for timed in loops.timed.units}
+    items = {timed.kernel.name: _NEAREST for timed in loops.timed.units}
+    items |= {"fill": _NEAREST, "fill_across": _NEAREST, "loads": 1, "loads_across": 1}
+    least = dict.fromkeys(items, math.inf)
     for _ in range(_ROUNDS):  # what others do for a while meets one round, not the other
         for name, before in least.items():
-            least[name] = min(before, loops.seconds(name, _NEAREST))
+            least[name] = min(before, loops.seconds(name, items[name]))
     for timed in loops.timed.units:
         each = least[timed.kernel.name] / (_NEAREST * LANES)
         simple = timed.simple * found[Unit.SIMPLE, timed.size] if timed.simple else 0.0
         note(timed.unit, timed.size, (each - simple) / timed.operations)
-    stored = loops.seconds("fill", _NEAREST) / (_NEAREST * LANES)
+    stored = least["fill"] / (_NEAREST * LANES)
     note(Unit.STORE, 4, stored)
-    loaded = (loops.seconds("loads", _NEAREST) / (_NEAREST * LANES // 4) - stored) / 4
-    note(Unit.LOAD, 4, loaded)
+    note(Unit.STORE_ACROSS, 4, least["fill_across"] / (_NEAREST * LANES))
+    for unit, name in ((Unit.LOAD, "loads"), (Unit.LOAD_ACROSS, "loads_across")):
+        note(unit, 4, (least[name] / (LANES // 2) - stored) / STREAMS)
     parts = {
         Unit.STRIDED: "strided",
         Unit.GATHER: "gathered",
@@ -167,7 +170,7 @@ def _operations(loops: _Loops, base: Machine) -> dict[tuple[Unit, int], float]:
         note(unit, 4, loops.seconds(name, _NEAREST) / (_NEAREST * LANES // 2))
     for unit, name in ((Unit.FAR_GATHER, "far_gathered"), (Unit.FAR_SCATTER, "far_scattered")):
         note(unit, 4, loops.seconds(name, 2 * _NEAREST) / (2 * _NEAREST * kernels.TILE))
-    for unit in (Unit.LOAD, Unit.STORE):
+    for unit in (*ACROSS, *ACROSS.values()):
         found |= {(unit, size): found[unit, 4] * size / 4 for size in (1, 2, 8)}
     for unit in (*parts, Unit.FAR_GATHER, Unit.FAR_SCATTER):
         found[unit, 8] = found[unit, 4]

@@ -16,7 +16,7 @@ from apollo_fuse.codegen.toolchain import Toolchain
 from apollo_fuse.cpu import cpu_name
 from apollo_fuse.machine import Level, Machine, MachineError, Runtime, Unit
 
-FORMAT = 2
+FORMAT = 3
 """Grows when what is measured, or how it is kept, changes."""
 _PLAIN = ("name", "source", "cores", "vector", "line", "ways")
 TIMES = ("loop", "drain", "item", "node", "argument", "launch", "wake")
