@@ -342,20 +342,23 @@ def _core(stretch: Stretch, machine: Machine) -> tuple[float, float, float]:
 def _whole(stretch: Stretch, machine: Machine) -> float:
     """Iterations of a loop of vectors, with those that fill no vector counted for what they take.
 
-    What is left takes half a vector, then elements one by one, or one vector of `SHORTEST` that starts early;
-    a half or an element takes half as long as a vector.
+    What is left takes half a vector, then elements one by one, or one vector of `SHORTEST` that starts early.
+    A loop that is known to fill no vector is made of smaller ones. Of what is no whole vector each takes half
+    as long as one.
     """
     if not stretch.starts:
         return 0.0
-    lanes = machine.lanes(max((size for _, size in stretch.operations), default=4))
+    widest = lanes = machine.lanes(max((size for _, size in stretch.operations), default=4))
     each = stretch.turns / stretch.starts
     if stretch.is_covered and each >= SHORTEST:
-        halves = math.ceil(each / SHORTEST) * max(1.0, 2 * SHORTEST / lanes)
-    else:
-        vectors, rest = divmod(each, lanes)
-        half, single = divmod(rest, max(1, lanes // 2))
-        halves = 2 * vectors + half + math.ceil(single)
-    return stretch.starts * halves * lanes / 2
+        pieces = math.ceil(each / SHORTEST) * max(1.0, 2 * SHORTEST / widest)
+        return stretch.starts * pieces * widest / 2
+    while stretch.is_known and 1 < lanes > each:
+        lanes //= 2
+    vectors, rest = divmod(each, lanes)
+    halves, single = divmod(rest, max(1, lanes // 2))
+    pieces = halves + math.ceil(single) + (vectors if lanes < widest else 2 * vectors)
+    return stretch.starts * pieces * widest / 2
 
 
 def _scalar(unit: Unit, size: int, machine: Machine) -> float:

@@ -37,6 +37,7 @@ class Stretch:
     operations: operations of one iteration by unit and bytes of the element; chains: those of them that wait
         for the iteration before.
     is_ragged: whether each run of the loop may end within a vector, and not the last of many tiles alone.
+    is_known: whether a compiler sees how often the loop turns.
     is_covered: whether a last vector that starts early does what whole ones leave (passes/overlap_tails.py).
     is_awaited: whether a later loop of the item waits for what the chains come to.
     """
@@ -48,6 +49,7 @@ class Stretch:
     operations: Mapping[tuple[Unit, int], float]
     chains: Mapping[tuple[Unit, int], int]
     is_ragged: bool = True
+    is_known: bool = False
     is_covered: bool = False
     is_awaited: bool = False
 
@@ -132,8 +134,8 @@ class _Counting:
         if known is not None and known <= _UNROLLED and len(body) == len(loop.body):
             self._stretch(loop.body, inside, turns, turns, None, written_out=True)
         elif loop.kind is LoopKind.LANE or len(body) + len(unrolled) == len(loop.body):
-            covered = is_covered(self.kernel, loop)
-            self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged, covered)
+            known, covered = loop.turns.constant is not None, is_covered(self.kernel, loop)
+            self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged, known, covered)
         else:
             self._steps(loop.body, inside, turns)
 
@@ -154,14 +156,16 @@ class _Counting:
         turns: float,
         lane: Iterator | None,
         ragged: bool = True,
+        known: bool = False,
         covered: bool = False,
         written_out: bool = False,
     ) -> None:
         body = _Body(self, lane, written_out)
         body.steps(steps, around, 1)
         is_vector = lane is not None and body.is_vector
+        is_loop = lane is not None
         self.stretches.append(
-            Stretch(starts, turns, lane is not None, is_vector, body.operations, body.chains, ragged, covered)
+            Stretch(starts, turns, is_loop, is_vector, body.operations, body.chains, ragged, known, covered)
         )
 
     # -- traffic ----------------------------------------------------------------------------
