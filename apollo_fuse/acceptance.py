@@ -64,6 +64,22 @@ class Judgement:
         """The speed-up that was measured; 0 where none was."""
         return 0.0 if self.unfused is None or self.fused is None else self.unfused / self.fused
 
+    def joined(self, other: Judgement) -> Judgement:
+        """That of both, one after the other."""
+
+        def both(one: float | None, two: float | None) -> float | None:
+            return None if one is None or two is None else one + two
+
+        return Judgement(
+            self.verdict.joined(other.verdict),
+            both(self.unfused, other.unfused),
+            both(self.fused, other.fused),
+            self.reason or other.reason,
+            both(self.predicted_unfused, other.predicted_unfused),
+            both(self.predicted, other.predicted),
+            both(self.apart, other.apart),
+        )
+
     @property
     def is_sound(self) -> bool:
         """Whether it was found to compute what it should, whatever it gains."""

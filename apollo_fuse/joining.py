@@ -1,9 +1,14 @@
-"""Decides which stitches stay: they have to beat onnxruntime, and not to lose to their kernels one by one."""
+"""Decides which stitches stay: they have to beat onnxruntime, and not to lose to their kernels one by one.
+
+Equal ones are judged once, and of those that stay, the ones that do not need each other become one: a larger
+stitch wakes threads less often, and would take longer to judge.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,7 +24,7 @@ from apollo_fuse.machine import Machine
 from apollo_fuse.measure import interleaved
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan
-from apollo_fuse.passes.parallelism_stitching import ParallelismStitching, Unit
+from apollo_fuse.passes.parallelism_stitching import MOST_TENSORS, ParallelismStitching, Unit
 from apollo_fuse.predicted import extents_of
 from apollo_fuse.stitching import Stitch, stitch
 from apollo_fuse.tolerance import Array
@@ -32,10 +37,13 @@ _LOSES = 1.25
 By itself it runs behind onnxruntime, with threads asleep, which hides what it gains in a model.
 """
 
+_MOST_TENSORS = 8 * MOST_TENSORS
+"""Inputs and outputs of a node of the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The stitches that were worth judging, and what was found of each distinct one."""
+    """The stitches that were worth judging, put together where they stay, and what was found of each."""
 
     stitches: tuple[Stitch, ...]
     judgements: Mapping[str, Judgement]
@@ -55,10 +63,10 @@ def join(
     machine: Machine,
 ) -> Joined:
     """Joins the plan's kernels, whose judgements are given, into stitches, and judges those."""
-    found = list(stitches(model, chosen.kernels, judgements))
-    if not found:
+    found = stitches(model, chosen.kernels, judgements)
+    distinct = {x.variant: x for level in reversed(found) for x in reversed(level)}
+    if not distinct:
         return Joined((), {})
-    distinct = {x.variant: x for x in reversed(found)}
     captures = capture(trial.clean, needed_values(distinct.values()), feeds, trial.threads)
     library = trial.folder / "stitches.so"
     judge = _Judge(dict(model.opset_imports), captures, library, options, trial.threads, machine, judgements)
@@ -69,18 +77,52 @@ def join(
         kernels = {x.name: x for joined in hopeful for x in joined.members}
         trial.library([*hopeful, *kernels.values()], library)
     known = {x.variant: judge(x, predictions[x.variant]) for x in hopeful}
-    return Joined(tuple(x for x in found if x.variant in known), known)
+    nodes = [node for level in found for node in _put_together(level, known)]
+    return Joined(tuple(x for x, _ in nodes), {x.variant: judgement for x, judgement in nodes})
 
 
 def stitches(
     model: ir.Model, candidates: Sequence[Candidate], judgements: Mapping[str, Judgement]
-) -> Iterator[Stitch]:
-    """What may share launches: kernels that compute what they should, whether or not they pay alone."""
+) -> list[list[Stitch]]:
+    """What may share launches: kernels that compute what they should, whether or not they pay alone.
+
+    In lists of stitches that do not need each other.
+    """
     sound = [x for x in candidates if judgements[x.variant].is_sound]
+    found: list[list[Stitch]] = []
     for graph in graphs(model.graph):
         here = [x for x in sound if x.part.nodes[0].graph is graph]
-        for group in ParallelismStitching()(graph, [_unit(x, judgements[x.variant]) for x in here]):
-            yield stitch([here[place] for place in group])
+        units = [_unit(x, judgements[x.variant]) for x in here]
+        for level in ParallelismStitching().by_level(graph, units):
+            found.append([stitch([here[place] for place in group]) for group in level])
+    return found
+
+
+def _put_together(
+    level: Sequence[Stitch], known: Mapping[str, Judgement]
+) -> Iterator[tuple[Stitch, Judgement]]:
+    """The stitches that were judged, those that stay as few as may be."""
+    together: list[Stitch] = []
+    tensors = 0
+    for x in level:
+        if x.variant in known and not known[x.variant].accepted:
+            yield x, known[x.variant]
+        elif x.variant in known:
+            own = len(x.part.inputs) + len(x.part.outputs)
+            if together and tensors + own > _MOST_TENSORS:
+                yield _as_one(together, known)
+                together, tensors = [], 0
+            together.append(x)
+            tensors += own
+    if together:
+        yield _as_one(together, known)
+
+
+def _as_one(stitches: Sequence[Stitch], known: Mapping[str, Judgement]) -> tuple[Stitch, Judgement]:
+    judgement = reduce(Judgement.joined, [known[x.variant] for x in stitches])
+    if len(stitches) == 1:
+        return stitches[0], judgement
+    return stitch([member for x in stitches for member in x.members]), judgement
 
 
 def _unit(candidate: Candidate, judgement: Judgement) -> Unit:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from apollo_fuse.passes.extract_clusters import node_successors
 
 MOST_TENSORS = 2048
-"""Inputs and outputs of a stitch; a larger one wakes threads less often, and takes longer to judge."""
+"""Inputs and outputs of a stitch that is judged; a larger one takes longer."""
 FEW = 8
 """Of one kind; below this, what pays in a stitch alone is not worth a kernel."""
 
@@ -45,11 +45,17 @@ class ParallelismStitching:
     most_tensors: int = MOST_TENSORS
 
     def __call__(self, graph: ir.Graph, units: Sequence[Unit]) -> tuple[tuple[int, ...], ...]:
-        by_level: dict[int, list[int]] = {}
+        return tuple(group for level in self.by_level(graph, units) for group in level)
+
+    def by_level(self, graph: ir.Graph, units: Sequence[Unit]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The groups of each level, which do not need each other."""
+        levels: dict[int, list[int]] = {}
         for place, level in enumerate(_levels(graph, units)):
-            by_level.setdefault(level, []).append(place)
-        groups = (group for _, ready in sorted(by_level.items()) for group in self._dealt(ready, units))
-        return tuple(tuple(group) for group in groups if len(group) > 1)
+            levels.setdefault(level, []).append(place)
+        return tuple(
+            tuple(tuple(group) for group in self._dealt(ready, units) if len(group) > 1)
+            for _, ready in sorted(levels.items())
+        )
 
     def _dealt(self, ready: Sequence[int], units: Sequence[Unit]) -> list[list[int]]:
         """Groups of units that are ready together, the same number of each kind in as many as possible."""

@@ -176,6 +176,29 @@ def test_an_optimizer_step_is_a_few_nodes(tmp_path: Path) -> None:
     assert not stitches(apart) and apart.fused_nodes == 144
 
 
+@pytest.mark.parametrize(
+    ("count", "most", "found"),
+    [(144, 1 << 14, [(144, 1)]), (144, 400, [(48, 3)]), (150, 1 << 14, [(150, 1)])],
+)
+def test_equal_stitches_are_judged_once_and_put_together(
+    count: int, most: int, found: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(joining, "ParallelismStitching", lambda: ParallelismStitching(200))
+    monkeypatch.setattr(joining, "_MOST_TENSORS", most)
+    judged: list[int] = []
+    real = joining._Judge.__call__
+
+    def judge(self: object, joined: joining.Stitch, expected: object) -> Judgement:
+        judged.append(len(joined.members))
+        return real(self, joined, expected)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(joining._Judge, "__call__", judge)
+    report = fused(memory_bound.adam(count, shapes=((64,), (96,), (7, 5))), tmp_path)
+    assert judged == ([24] if count == 144 else [6, 24])  # of 150 six are left over
+    assert stitches(report) == found
+    assert_computes_the_same(report)
+
+
 def test_what_shares_a_launch_is_dumped(tmp_path: Path) -> None:
     report = fused(memory_bound.adam(3, shapes=((64,), (96,))), tmp_path, dump=tmp_path / "dump")
     (found,) = [k for k in report.kernels if k.layer == 3]
