@@ -97,24 +97,21 @@ def cost_of_stitch(
 
     rows: on a GPU the items in a block of each group, where those differ.
     """
-    works = [[work_of(k, sizes, machine) for k in taken(group, sizes)] for group, sizes in groups]
-    stages = list(zip_longest(*works))
-    touched = sum(map(_touched, works))
-    launches = [[work for work in stage if work is not None] for stage in stages]
+    runs = ([work_of(k, sizes, machine) for k in taken(group, sizes)] for group, sizes in groups)
+    stages = list(zip_longest(*([_Run(work, _touched(run)) for work in run] for run in runs)))
+    launches = [[run for run in stage if run is not None] for stage in stages]
     if machine.gpu is not None:
         block = block or Block()
         items = rows or [block.items] * len(groups)
         blocks = [
-            sum(-(-w.items // n) for w, n in zip(s, items, strict=True) if w is not None) for s in stages
+            sum(-(-w.work.items // n) for w, n in zip(s, items, strict=True) if w is not None) for s in stages
         ]
-        parts = [
-            _on_gpu(w, touched, machine, machine.gpu, block, n) for w, n in zip(launches, blocks, strict=True)
-        ]
+        parts = [_on_gpu(w, machine, machine.gpu, block, n) for w, n in zip(launches, blocks, strict=True)]
         return _sum(parts, machine.node * len(parts))
     used = max(1, machine.cores if threads is None else min(threads, machine.cores))
     tensors = sum(len(group.inputs) + len(group.outputs) for group, _ in groups)
     calls = machine.node + tensors * machine.argument
-    return _sum([_launch(w, touched, machine, used) for w in launches], calls)
+    return _sum([_launch(w, machine, used) for w in launches], calls)
 
 
 def taken(group: KernelGroup, sizes: Mapping[Symbol, int]) -> tuple[Kernel, ...]:
@@ -167,6 +164,14 @@ def _sum(parts: Sequence[Cost], calls: float) -> Cost:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A kernel in a run of its group, which touches so many bytes of lines with all of its kernels."""
+
+    work: Work
+    touched: float
+
+
 def _touched(works: Sequence[Work]) -> float:
     """Bytes of lines of the tensors that the kernels of a group read or write, one after the other."""
     read: dict[str, float] = {}
@@ -179,8 +184,9 @@ def _touched(works: Sequence[Work]) -> float:
     return sum(max(read.get(name, 0.0), written.get(name, 0.0)) for name in read.keys() | written.keys())
 
 
-def _launch(works: Sequence[Work], touched: float, machine: Machine, threads: int) -> Cost:
-    """Kernels whose items are parted among threads together, of a run that touches so many bytes."""
+def _launch(runs: Sequence[_Run], machine: Machine, threads: int) -> Cost:
+    """Kernels whose items are parted among threads together."""
+    works = [run.work for run in runs]
     items, cheap = sum(work.items for work in works), sum(work.items * work.cheap for work in works)
     chunks = _chunks(items, cheap)
     used = min(threads, chunks)
@@ -189,7 +195,7 @@ def _launch(works: Sequence[Work], touched: float, machine: Machine, threads: in
         turns, twice, start = _core(stretch, machine)
         core, across, starts = core + turns, across + twice, starts + start
     starts += items * machine.item
-    moved = _moved(works, touched, machine, used)
+    moved = _moved(runs, machine, used)
     levels = machine.levels[1:]
     one = {level.name: moved[level.name].seconds(level, 1) for level in levels}
     if used == 1:
@@ -212,13 +218,12 @@ def _launch(works: Sequence[Work], touched: float, machine: Machine, threads: in
     )
 
 
-def _on_gpu(
-    works: Sequence[Work], touched: float, machine: Machine, gpu: Gpu, block: Block, blocks: int
-) -> Cost:
+def _on_gpu(runs: Sequence[_Run], machine: Machine, gpu: Gpu, block: Block, blocks: int) -> Cost:
     """Blocks compute items, threads lanes; rates are those of all multiprocessors together."""
+    works = [run.work for run in runs]
     share = reached(gpu, block, blocks)
     core = sum(_core(stretch, machine)[0] for work in works for stretch in work.stretches)
-    moved = _moved(works, touched, machine, gpu.multiprocessors)
+    moved = _moved(runs, machine, gpu.multiprocessors)
     memory = {
         level.name: moved[level.name].seconds(level, gpu.multiprocessors) for level in machine.levels[1:]
     }
@@ -277,25 +282,27 @@ class _Moved:
         return self.read / reading + self.written / writing
 
 
-def _moved(works: Sequence[Work], touched: float, machine: Machine, threads: int) -> dict[str, _Moved]:
+def _moved(runs: Sequence[_Run], machine: Machine, threads: int) -> dict[str, _Moved]:
     """What each level but the nearest delivers and takes, where a run finds what the one before has left.
 
-    touched: bytes of lines that come between two uses of one, those of a whole run.
+    Between two uses of a line come all that its group touches, and none of what shares a launch with it: what
+    does not share one would come between them, too.
     """
     found: dict[str, _Moved] = {}
     for nearer, level in pairwise(machine.levels):
         assert nearer.size is not None
         room = nearer.size if nearer.shared else nearer.size * threads
-        share = missing(touched, room)
         read = written = 0.0
-        for traffic in (t for work in works for t in work.traffic if t.scope is Scope.GLOBAL):
-            lines = traffic.lines * share
-            for between, again in traffic.again:
-                lines += again * missing(between, nearer.size)
-            if traffic.is_write:
-                written += lines
-            else:
-                read += lines
+        for run in runs:
+            share = missing(run.touched, room)
+            for traffic in (t for t in run.work.traffic if t.scope is Scope.GLOBAL):
+                lines = traffic.lines * share
+                for between, again in traffic.again:
+                    lines += again * missing(between, nearer.size)
+                if traffic.is_write:
+                    written += lines
+                else:
+                    read += lines
         found[level.name] = _Moved(round(read), round(written))
     return found
 

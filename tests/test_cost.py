@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apollo_fuse import InputShape, Options, cli, driver, onnx_io
-from apollo_fuse.cost import bound, cost_of
+from apollo_fuse.cost import bound, cost_of, cost_of_stitch
 from apollo_fuse.cpu import KNOWN, Cpu
 from apollo_fuse.descriptions import a100, generic, h100, mi300x
 from apollo_fuse.index import ONE, ZERO, Index, Symbol
@@ -206,6 +206,14 @@ def test_more_rows_are_never_cheaper(softmax: KernelGroup, rows: int, more: int,
 def test_more_columns_are_never_cheaper_by_whole_vectors(chain: KernelGroup, rows: int, columns: int) -> None:
     few, many = (cost_of(chain, sized(chain, rows, 16 * n), CPU, 1).seconds for n in (columns, columns + 1))
     assert many >= few * (1 - 1e-9)
+
+
+@given(rows=EXTENT, count=st.integers(1, 64))
+def test_sharing_a_launch_moves_no_more(chain: KernelGroup, rows: int, count: int) -> None:
+    """However much all of them touch: between the runs of one by itself the others come as well."""
+    sizes = sized(chain, rows, 1024)
+    alone, together = cost_of(chain, sizes, CPU, 1), cost_of_stitch([(chain, sizes)] * count, CPU, 1)
+    assert together.elapsed == pytest.approx(count * alone.elapsed, rel=1e-3)
 
 
 @given(rows=EXTENT, columns=EXTENT, threads=st.integers(1, 7))
