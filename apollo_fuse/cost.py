@@ -97,21 +97,24 @@ def cost_of_stitch(
 
     rows: on a GPU the items in a block of each group, where those differ.
     """
-    runs = ([work_of(k, sizes, machine) for k in taken(group, sizes)] for group, sizes in groups)
-    stages = list(zip_longest(*([_Run(work, _touched(run)) for work in run] for run in runs)))
+    stages = list(zip_longest(*(_runs(group, sizes, machine) for group, sizes in groups)))
     launches = [[run for run in stage if run is not None] for stage in stages]
     if machine.gpu is not None:
         block = block or Block()
         items = rows or [block.items] * len(groups)
         blocks = [
-            sum(-(-w.work.items // n) for w, n in zip(s, items, strict=True) if w is not None) for s in stages
+            sum(-(-run.work.items // each) for run, each in zip(stage, items, strict=True) if run is not None)
+            for stage in stages
         ]
-        parts = [_on_gpu(w, machine, machine.gpu, block, n) for w, n in zip(launches, blocks, strict=True)]
+        parts = [
+            _on_gpu(runs, machine, machine.gpu, block, count)
+            for runs, count in zip(launches, blocks, strict=True)
+        ]
         return _sum(parts, machine.node * len(parts))
     used = max(1, machine.cores if threads is None else min(threads, machine.cores))
     tensors = sum(len(group.inputs) + len(group.outputs) for group, _ in groups)
     calls = machine.node + tensors * machine.argument
-    return _sum([_launch(w, machine, used) for w in launches], calls)
+    return _sum([_launch(runs, machine, used) for runs in launches], calls)
 
 
 def taken(group: KernelGroup, sizes: Mapping[Symbol, int]) -> tuple[Kernel, ...]:
@@ -170,6 +173,12 @@ class _Run:
 
     work: Work
     touched: float
+
+
+def _runs(group: KernelGroup, sizes: Mapping[Symbol, int], machine: Machine) -> list[_Run]:
+    works = [work_of(kernel, sizes, machine) for kernel in taken(group, sizes)]
+    touched = _touched(works)
+    return [_Run(work, touched) for work in works]
 
 
 def _touched(works: Sequence[Work]) -> float:
@@ -358,8 +367,8 @@ def _whole(stretch: Stretch, machine: Machine) -> float:
     widest = lanes = machine.lanes(max((size for _, size in stretch.operations), default=4))
     each = stretch.turns / stretch.starts
     if stretch.is_covered and each >= SHORTEST:
-        pieces = math.ceil(each / SHORTEST) * max(1.0, 2 * SHORTEST / widest)
-        return stretch.starts * pieces * widest / 2
+        piece = max(SHORTEST, widest // 2)
+        return stretch.starts * math.ceil(each / piece) * piece
     while stretch.is_known and 1 < lanes > each:
         lanes //= 2
     vectors, rest = divmod(each, lanes)

@@ -6,7 +6,7 @@ stitch wakes threads less often, and would take longer to judge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -24,7 +24,7 @@ from apollo_fuse.machine import Machine
 from apollo_fuse.measure import interleaved
 from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan
-from apollo_fuse.passes.parallelism_stitching import MOST_TENSORS, ParallelismStitching, Unit
+from apollo_fuse.passes.parallelism_stitching import MOST_TENSORS, ParallelismStitching, Unit, filled_up
 from apollo_fuse.predicted import extents_of
 from apollo_fuse.stitching import Stitch, stitch
 from apollo_fuse.tolerance import Array
@@ -102,20 +102,11 @@ def _put_together(
     level: Sequence[Stitch], known: Mapping[str, Judgement]
 ) -> Iterator[tuple[Stitch, Judgement]]:
     """The stitches that were judged, those that stay as few as may be."""
-    together: list[Stitch] = []
-    tensors = 0
-    for x in level:
-        if x.variant in known and not known[x.variant].accepted:
-            yield x, known[x.variant]
-        elif x.variant in known:
-            own = len(x.part.inputs) + len(x.part.outputs)
-            if together and tensors + own > _MOST_TENSORS:
-                yield _as_one(together, known)
-                together, tensors = [], 0
-            together.append(x)
-            tensors += own
-    if together:
-        yield _as_one(together, known)
+    judged = [x for x in level if x.variant in known]
+    yield from ((x, known[x.variant]) for x in judged if not known[x.variant].accepted)
+    staying = [x for x in judged if known[x.variant].accepted]
+    for group in filled_up([_tensors(x) for x in staying], _MOST_TENSORS):
+        yield _as_one([staying[place] for place in group], known)
 
 
 def _as_one(stitches: Sequence[Stitch], known: Mapping[str, Judgement]) -> tuple[Stitch, Judgement]:
@@ -126,8 +117,11 @@ def _as_one(stitches: Sequence[Stitch], known: Mapping[str, Judgement]) -> tuple
 
 
 def _unit(candidate: Candidate, judgement: Judgement) -> Unit:
-    tensors = frozenset((*candidate.part.inputs, *candidate.part.outputs))
-    return Unit(candidate.part.nodes, candidate.variant, tensors, judgement.accepted)
+    return Unit(candidate.part.nodes, candidate.variant, _tensors(candidate), judgement.accepted)
+
+
+def _tensors(swap: Candidate | Stitch) -> frozenset[Hashable]:
+    return frozenset((*swap.part.inputs, *swap.part.outputs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,8 +84,8 @@ def rows_of(
 
 def quietest(machines: Sequence[Machine]) -> Machine:
     """Of a machine that was calibrated several times the figures that others disturbed the least."""
-    names = [name for name in TIMES if name != "wake"]
-    times: dict[str, Any] = {name: min(getattr(machine, name) for machine in machines) for name in names}
+    times: dict[str, Any] = {name: min(getattr(machine, name) for machine in machines) for name in TIMES}
+    times["wake"] = statistics.median(machine.wake for machine in machines)  # as most runs wait
     runtimes = [machine.runtime for machine in machines if machine.runtime is not None]
     levels = [
         replace(
@@ -101,7 +101,6 @@ def quietest(machines: Sequence[Machine]) -> Machine:
         levels=tuple(levels),
         seconds={key: min(machine.seconds[key] for machine in machines) for key in machines[0].seconds},
         hidden=statistics.median(machine.hidden for machine in machines),
-        wake=statistics.median(machine.wake for machine in machines),  # what most runs wait, as in each
         runtime=replace(
             runtimes[0],
             node=min(runtime.node for runtime in runtimes),

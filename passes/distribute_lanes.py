@@ -9,29 +9,42 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from apollo_fuse.kernel import Compute, Kernel, Loop, Scope, Step, is_scattered, with_lane_loops
+from apollo_fuse.kernel import (
+    Compute,
+    Kernel,
+    Loop,
+    Scope,
+    Step,
+    is_scattered,
+    read_by,
+    with_lane_loops,
+    written_by,
+)
 
 _TOGETHER = 4  # stores that jump, up to which one loop is left as it is
 
 
 def distribute_lanes(kernel: Kernel) -> Kernel:
     def parts(loop: Loop) -> list[Step]:
-        return [replace(loop, body=(one,)) for one in loop.body] if _parts(kernel, loop) else [loop]
+        return one_each(loop) if _jumps_much(kernel, loop) else [loop]
 
     return replace(kernel, body=with_lane_loops(kernel.body, parts))
 
 
-def _parts(kernel: Kernel, loop: Loop) -> bool:
-    """Whether each step computes by itself, into memory, and many of their stores jump."""
-    jumping = 0
-    written: set[str] = set()
-    read: set[str] = set()
-    for step in loop.body:
-        if not isinstance(step, Compute) or step.combine is not None:
-            return False
-        if any(kernel.buffer(t.buffer).scope is not Scope.GLOBAL for t in step.targets):
-            return False
-        jumping += any(is_scattered(target.offset, loop.iterator) for target in step.targets)
-        written |= {target.buffer for target in step.targets}
-        read |= {load.tensor for load in step.block.loads}
-    return jumping > _TOGETHER and not written & read
+def one_each(loop: Loop) -> list[Step]:
+    """A loop for each statement; the loop as it is where one combines, or reads what the loop writes."""
+    alone = all(isinstance(step, Compute) and step.combine is None for step in loop.body)
+    if not alone or written_by(loop.body) & read_by(loop.body):
+        return [loop]
+    return [replace(loop, body=(step,)) for step in loop.body]
+
+
+def _jumps_much(kernel: Kernel, loop: Loop) -> bool:
+    """Whether the loop writes memory alone, and many of its stores jump."""
+    if any(kernel.buffer(name).scope is not Scope.GLOBAL for name in written_by(loop.body)):
+        return False
+    computes = [step for step in loop.body if isinstance(step, Compute)]
+    jumping = [
+        any(is_scattered(target.offset, loop.iterator) for target in step.targets) for step in computes
+    ]
+    return sum(jumping) > _TOGETHER

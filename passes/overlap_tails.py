@@ -47,8 +47,13 @@ def is_covered(kernel: Kernel, loop: Loop) -> bool:
         return False
     if extent is None:
         return _is_dear(loop) and may_repeat(kernel, loop)
-    short = SHORTEST <= extent < _LONG and extent % min(_LANES, 1 << (extent.bit_length() - 1))
+    short = SHORTEST <= extent < _LONG and extent % _lanes(extent)
     return bool(short) and may_repeat(kernel, loop)
+
+
+def _lanes(extent: int) -> int:
+    """Of the widest vector that a row of this length fills."""
+    return min(_LANES, 1 << (extent.bit_length() - 1))
 
 
 def _is_dear(loop: Loop) -> bool:
@@ -64,7 +69,7 @@ def _covered(kernel: Kernel, loop: Loop) -> list[Step]:
     extent = loop.iterator.extent.constant
     if extent is None:
         return _open_vectors(loop, loop.iterator.extent)
-    lanes = min(_LANES, 1 << (extent.bit_length() - 1))
+    lanes = _lanes(extent)
     count, left = divmod(extent, lanes)
     width = SHORTEST if left <= SHORTEST else lanes
     return [_vectors(loop, count, lanes), last_lanes(loop, extent, width, left)]

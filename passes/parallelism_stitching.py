@@ -71,24 +71,26 @@ class ParallelismStitching:
             number = -(-(len(uses) - shared) // max(1, self.most_tensors - shared))
             each = {kind: len(places) // number for kind, places in kinds.items()}
             if not any(each.values()):
-                return groups + self._filled([p for places in kinds.values() for p in places], units)
+                left = [place for places in kinds.values() for place in places]
+                full = filled_up([units[place].tensors for place in left], self.most_tensors)
+                return groups + [[left[n] for n in group] for group in full]
             for turn in range(number):
                 groups.append([p for kind, n in each.items() for p in kinds[kind][turn * n : (turn + 1) * n]])
-            kinds = {k: left for k, places in kinds.items() if (left := places[number * each[k] :])}
+            kinds = {k: rest for k, places in kinds.items() if (rest := places[number * each[k] :])}
         return groups
 
-    def _filled(self, places: Sequence[int], units: Sequence[Unit]) -> list[list[int]]:
-        """Groups of units that have little in common, each as full as it may be."""
-        groups: list[list[int]] = [[]]
-        tensors: frozenset[Hashable] = frozenset()
-        for place in places:
-            joined = tensors | units[place].tensors
-            if len(joined) > self.most_tensors and groups[-1]:
-                groups.append([])
-                joined = units[place].tensors
-            groups[-1].append(place)
-            tensors = joined
-        return groups
+
+def filled_up(tensors: Sequence[frozenset[Hashable]], most: int) -> list[list[int]]:
+    """Places in `tensors`, in their order, in groups that have no more than `most` tensors, or one place."""
+    groups: list[list[int]] = []
+    together: frozenset[Hashable] = frozenset()
+    for place, own in enumerate(tensors):
+        if not groups or len(together | own) > most:
+            groups.append([])
+            together = frozenset()
+        groups[-1].append(place)
+        together |= own
+    return groups
 
 
 def _levels(graph: ir.Graph, units: Sequence[Unit]) -> list[int]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from apollo_fuse.expressions import Apply, Block, cost_of
 from apollo_fuse.index import Atom, Iterator
 from apollo_fuse.kernel import Buffer, Compute, Kernel, Loop, Scope, Step, Target, with_lane_loops
+from apollo_fuse.passes.distribute_lanes import one_each
 
 _LINE = 64  # bytes
 _FEWEST = 16  # lanes, a vector of 4-byte elements with AVX-512
@@ -25,26 +26,19 @@ def part_streams(kernel: Kernel) -> Kernel:
 
 
 def _parts(kernel: Kernel, loop: Loop) -> list[Step]:
-    steps = [step for step in loop.body if isinstance(step, Compute) and step.combine is None]
-    if len(steps) < max(2, len(loop.body)) or not _is_short(kernel, steps, loop):
+    steps = [step for step in loop.body if isinstance(step, Compute)]
+    if not _is_short(steps, loop.iterator):
         return [loop]
     written = [target for step in steps for target in step.targets]
-    names = {target.buffer for target in written}
-    if not names.isdisjoint(load.tensor for step in steps for load in step.block.loads):
-        return [loop]
     streams = {t.buffer for t in written if _crosses_lines(kernel.buffer(t.buffer), t, loop.iterator)}
-    if len(streams) < 2 or _shared(steps, loop.iterator) >= _DEAR:
-        return [loop]
-    return [replace(loop, body=(step,)) for step in steps]
+    return one_each(loop) if len(streams) > 1 and _shared(steps, loop.iterator) < _DEAR else [loop]
 
 
-def _is_short(kernel: Kernel, steps: list[Compute], loop: Loop) -> bool:
-    lanes = loop.iterator.extent.constant
+def _is_short(steps: list[Compute], lane: Iterator) -> bool:
+    lanes = lane.extent.constant
     if lanes is None or lanes < _FEWEST:
         return False
-    rows = {
-        load for step in steps for load in step.block.loads if loop.iterator in load.indices[0].iterators()
-    }
+    rows = {load for step in steps for load in step.block.loads if lane in load.indices[0].iterators()}
     return lanes * sum(load.dtype.size for load in rows) <= _MOST_BYTES
 
 
