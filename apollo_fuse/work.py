@@ -134,7 +134,8 @@ class _Counting:
         if known is not None and known <= _UNROLLED and len(body) == len(loop.body):
             self._stretch(loop.body, inside, turns, turns, None, written_out=True)
         elif loop.kind is LoopKind.LANE or len(body) + len(unrolled) == len(loop.body):
-            known, covered = loop.turns.constant is not None, is_covered(self.kernel, loop)
+            known = loop.turns.constant is not None
+            covered = self.machine.gpu is None and is_covered(self.kernel, loop)  # as C alone is lowered
             self._stretch(loop.body, inside, runs, turns, loop.iterator, ragged, known, covered)
         else:
             self._steps(loop.body, inside, turns)

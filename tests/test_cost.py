@@ -104,6 +104,15 @@ def test_a_ragged_tile_counts_the_elements_that_there_are(chain: KernelGroup) ->
     assert work.compulsory == 2 * 3 * 1111 * 4
 
 
+def test_only_c_has_a_last_vector_that_starts_early(
+    lower: Callable[[onnx.ModelProto], KernelGroup],
+) -> None:
+    group = lower(text_model("g (float[a, 30] x) => (float[a, 30] y) { y = Softmax(x) }"))
+    on_cpus, on_gpus = works(group, {}), works(group, {}, GPUS[0])
+    assert any(s.is_covered for work in on_cpus for s in work.stretches)
+    assert not any(s.is_covered for work in on_gpus for s in work.stretches)
+
+
 def test_a_broadcast_operand_is_touched_once_and_read_by_every_row(
     lower: Callable[[onnx.ModelProto], KernelGroup],
 ) -> None:
