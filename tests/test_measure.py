@@ -17,12 +17,20 @@ from apollo_fuse.running import ort_value
 FEEDS = {"x": np.ones((2, 3), np.float32), "unused": np.ones(1, np.float32)}
 
 
+CONCAT = "Concat <axis = 0> (x, x)"
+
+
+def made_of(expression: str, data_type: str = "float") -> ort.InferenceSession:
+    header = '<ir_version: 8, opset_import: ["": 18]>'
+    graph = f"g ({data_type}[N, 3] x) => ({data_type}[N, 3] y) {{ y = {expression} }}"
+    model = onnx.parser.parse_model(f"{header} {graph}")
+    quiet = measure.session_options(1)
+    quiet.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), quiet)
+
+
 def doubled(data_type: str = "float") -> ort.InferenceSession:
-    model = onnx.parser.parse_model(
-        f'<ir_version: 8, opset_import: ["": 18]> g ({data_type}[N, 3] x) => ({data_type}[N, 3] y) '
-        "{ y = Concat <axis = 0> (x, x) }"
-    )
-    return ort.InferenceSession(model.SerializeToString(), measure.session_options(1))
+    return made_of(CONCAT, data_type)
 
 
 def test_session_options_are_what_a_comparison_needs() -> None:
@@ -52,7 +60,7 @@ def test_rounds_alternate_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         measure,
         "_bound",
-        lambda session, values, device: lambda: order.append("A" if session is first else "B"),
+        lambda session, values, places, device: lambda: order.append("A" if session is first else "B"),
     )
     measure.interleaved([first, second], FEEDS, seconds=0, minimum_runs=4, maximum_runs=4)
     assert "".join(order[-8:]) == "ABBAABBA"
@@ -67,7 +75,7 @@ def test_short_runs_are_repeated_inside_a_reading(monkeypatch: pytest.MonkeyPatc
         now += 10e-6
 
     monkeypatch.setattr(measure, "perf_counter", lambda: now)
-    monkeypatch.setattr(measure, "_bound", lambda session, values, device: run)
+    monkeypatch.setattr(measure, "_bound", lambda session, values, places, device: run)
     (timing,) = measure.interleaved([doubled()], FEEDS, seconds=0, minimum_runs=3, maximum_runs=3)
     assert timing.minimum == pytest.approx(10e-6)
     assert now == pytest.approx((1 + 3 * 40) * 10e-6)
@@ -103,7 +111,9 @@ def test_what_slows_a_whole_round_leaves_the_share_as_it_is(monkeypatch: pytest.
     speed = iter(np.repeat(np.geomspace(0.1, 10, 1000), 2))
     sessions = {id(first := doubled()): 2.0, id(second := doubled()): 1.0}
 
-    def bound(session: ort.InferenceSession, values: object, device: str) -> Callable[[], None]:
+    def bound(
+        session: ort.InferenceSession, values: object, places: object, device: str
+    ) -> Callable[[], None]:
         def run() -> None:
             nonlocal now
             now += sessions[id(session)] * next(speed)
@@ -135,6 +145,25 @@ def test_bfloat16_and_strided_inputs_can_be_measured() -> None:
     strided = np.arange(6, dtype=np.float32).reshape(3, 2).T
     np.testing.assert_array_equal(ort_value(strided).numpy(), strided)
     assert ort_value(np.array(1.0, np.float32)).shape() == []
+
+
+def test_sessions_that_are_compared_write_to_the_same_place() -> None:
+    values = {"x": ort_value(np.full((1, 3), 5, np.float32))}
+    places: dict[str, ort.OrtValue] = {}
+    add, multiply = (measure._bound(made_of(f"{op} (x, x)"), values, places, "cpu") for op in ("Add", "Mul"))
+    add()
+    assert places["y"].numpy().tolist() == [[10] * 3]
+    multiply()
+    assert places["y"].numpy().tolist() == [[25] * 3]
+
+
+def test_a_session_whose_output_does_not_fit_has_one_of_its_own() -> None:
+    values = {"x": ort_value(np.full((2, 3), 5, np.float32))}
+    places: dict[str, ort.OrtValue] = {}
+    add, concat = (measure._bound(made_of(text), values, places, "cpu") for text in ("Add (x, x)", CONCAT))
+    add()
+    concat()
+    assert places["y"].numpy().tolist() == [[10] * 3] * 2
 
 
 def test_a_model_whose_outputs_are_not_of_the_shape_that_it_declares_can_be_measured() -> None:
