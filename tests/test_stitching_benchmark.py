@@ -10,10 +10,11 @@ import pytest
 
 from apollo_fuse import onnx_io
 from apollo_fuse.kernel import KernelGroup
+from apollo_fuse.measure import Timing
 from apollo_fuse.options import Options
 from apollo_fuse.partition import plan
 from apollo_fuse.symbolic import infer_shapes
-from benchmarks.stitching import CHAINS, Chain, measured, to_json, to_markdown
+from benchmarks.stitching import CHAINS, Chain, Result, measured, to_json, to_markdown
 from benchmarks.traffic import compulsory_bytes, moved_bytes
 from models import memory_bound
 
@@ -57,3 +58,13 @@ def test_kernels_written_by_hand_and_ours_agree_with_onnxruntime(chain: Chain, t
     assert f"| {chain.name} | {'x'.join(map(str, shape))} | 1 | 1 | 1.00x |" in to_markdown([result])
     (row,) = json.loads(to_json([result], {"CPU": "any"}))["rows"]
     assert row["shape"] == list(shape)
+
+
+@pytest.mark.parametrize(
+    ("least", "share", "holds"), [(1.0, 1.3, True), (1.3, 1.0, True), (1.2, 1.15, False)]
+)
+def test_a_row_is_over_the_bar_by_least_times_and_by_medians(least: float, share: float, holds: bool) -> None:
+    ours, by_hand, unfused = Timing(least, 2.0, 9, share), Timing(1.0, 2.0, 9), Timing(3.0, 4.0, 9)
+    result = Result("softmax", (64, 64), 1, 1, 100, 100, ours, by_hand, unfused)
+    assert result.holds == holds
+    assert ("over the bar" in to_markdown([result])) == (not holds)
