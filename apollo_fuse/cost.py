@@ -258,7 +258,7 @@ def _overlapped(core: float, memory: float) -> float:
 
 def _chunks(items: int, cheap: int) -> int:
     """What the plugin parts a launch into, of so many items and cheap operations."""
-    threads = min(cheap // GRAIN, items)
+    threads = min((cheap + GRAIN // 2) // GRAIN, items)
     return 1 if threads < 2 else min(threads * _FINER, items, _MOST_CHUNKS)
 
 

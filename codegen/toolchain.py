@@ -28,7 +28,8 @@ _COMMON_FLAGS = (
     "-ffp-contract=off",
 )
 # gcc's jump threading splits lanes by the branches of a clamp, and computes what follows it once for each.
-_GCC_FLAGS = ("-fno-thread-jumps",)
+# Two steps along a row that it jams into one read lines out of order, which prefetchers follow badly.
+_GCC_FLAGS = ("-fno-thread-jumps", "-fno-loop-unroll-and-jam")
 # zig's clang adds the undefined-behaviour sanitizer on its own, and debug information with our paths.
 _ZIG_FLAGS = ("-fno-sanitize=undefined", "-g0")
 _ZIG = (sys.executable, "-m", "ziglang", "cc")

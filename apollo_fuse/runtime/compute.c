@@ -54,7 +54,7 @@ static size_t plan_launches(const custom_op *self, const part *parts, launch *la
       *shares++ = share;
       launch->count++;
     }
-    const int64_t threads = min(launch->work / GRAIN, items); /* that have enough to do */
+    const int64_t threads = min((launch->work + GRAIN / 2) / GRAIN, items); /* that have enough to do */
     launch->chunks = threads < 2 ? 1 : min(threads * FINER, min(items, MOST_CHUNKS));
     const size_t bytes = launch->slot_bytes * (size_t)launch->chunks;
     if (bytes > most) most = bytes;
