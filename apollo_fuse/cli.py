@@ -18,7 +18,7 @@ from apollo_fuse._version import __version__
 from apollo_fuse.atomic import require_writable, write_text
 from apollo_fuse.cpu import NATIVE, CpuTargets
 from apollo_fuse.errors import ApolloFuseError, OutputError, UsageError
-from apollo_fuse.options import LAYERS, LAYOUTS, InputShape, Options, default_cache_dir
+from apollo_fuse.options import LAYERS, LAYOUTS, MOST_THREADS, InputShape, Options, default_cache_dir
 from apollo_fuse.progress import SilentProgress, TerminalProgress
 from apollo_fuse.render import render_compile_seconds, render_explanation, render_summary
 from apollo_fuse.report import Report
@@ -189,7 +189,10 @@ def _read_cpus(ctx: click.Context, param: click.Parameter, value: str) -> CpuTar
     help="Where compiled kernels are kept.  [default: $APOLLO_FUSE_CACHE_DIR, else the user's cache]",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to use.  [default: all cores]"
+    "--threads",
+    type=click.IntRange(1, MOST_THREADS),
+    metavar="N",
+    help="Threads to use.  [default: all cores]",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Print where the time went, and the versions, too.")

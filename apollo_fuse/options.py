@@ -16,6 +16,8 @@ from apollo_fuse.gpu import GpuTarget, gpus_of
 
 LAYOUTS = ("portable", "ort", "auto")
 LAYERS = ("I", "I,II", "I,II,III")
+MOST_THREADS = 1024
+"""Each of onnxruntime's sessions starts all of its threads."""
 
 
 def default_cache_dir() -> Path:
@@ -83,7 +85,7 @@ class Options:
     strict: a kernel that fails verification is an error, instead of being dropped with a warning.
     cache_dir: where compiled kernels are kept between runs.
     compiler: the command of the C compiler; None looks for gcc, clang, then the ziglang package.
-    threads: threads to compile, measure and verify with; None takes all cores.
+    threads: threads to compile, measure and verify with, at most MOST_THREADS; None takes all cores.
     max_area_operators: most primitive operators in one micro-graph; five times as many in one that puts
         elementwise parts together.
     max_depth_operators: most primitive operators that a broadcast or reduction rule adds in depth.
@@ -129,8 +131,10 @@ class Options:
             )
         if self.layout == "auto" and not self.measure:
             raise UsageError("the layout auto is decided by measuring; give portable or ort, or measure")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"{self.threads} threads were asked for; give 1 or more, or none for all cores")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UsageError(
+                f"{self.threads} threads were asked for; give 1 to {MOST_THREADS}, or none for all cores"
+            )
         for limit in ("max_area_operators", "max_depth_operators", "isl_max_operations"):
             if getattr(self, limit) < 1:
                 raise UsageError(f"{limit} is {getattr(self, limit)}; give 1 or more")
