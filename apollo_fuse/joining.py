@@ -26,7 +26,7 @@ from apollo_fuse.options import Options
 from apollo_fuse.partition import Plan
 from apollo_fuse.passes.parallelism_stitching import MOST_TENSORS, ParallelismStitching, Unit, filled_up
 from apollo_fuse.predicted import extents_of
-from apollo_fuse.stitching import Stitch, stitch
+from apollo_fuse.stitching import Stitch, Swap, stitch
 from apollo_fuse.tolerance import Array
 from apollo_fuse.trial import Trial
 from apollo_fuse.verify import NOTHING, coarsest, failed, verify
@@ -120,7 +120,7 @@ def _unit(candidate: Candidate, judgement: Judgement) -> Unit:
     return Unit(candidate.part.nodes, candidate.variant, _tensors(candidate), judgement.accepted)
 
 
-def _tensors(swap: Candidate | Stitch) -> frozenset[Hashable]:
+def _tensors(swap: Swap) -> frozenset[Hashable]:
     return frozenset((*swap.part.inputs, *swap.part.outputs))
 
 

@@ -68,11 +68,11 @@ def interleaved(
 ) -> list[Timing]:
     """The timing of each session on the same inputs, read in turn: A B, B A, A B, ...
 
-    Inputs and outputs are bound, so that no copy of them is measured, and lie at the same place for all
-    sessions: where in memory tensors lie can cost a fourth of a short run. `device` is what onnxruntime calls
-    what they lie in. The rounds end after `seconds` for all sessions together, yet not before
-    `minimum_runs` readings of each and never after `maximum_runs`. They end sooner where `enough` is true of
-    the readings so far, in seconds, of each session.
+    Inputs and outputs are bound, so that no copy of them is measured, and all sessions share them: where in
+    memory they lie can make a run take 1.4 times as long. `device` is what onnxruntime calls the place. The
+    rounds end after `seconds` for all sessions together, yet not before `minimum_runs` readings of each and
+    never after `maximum_runs`. They end sooner where `enough` is true of the readings so far, in seconds, of
+    each session.
     """
     if not sessions:
         raise ValueError("no session to measure")

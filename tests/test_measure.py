@@ -15,18 +15,18 @@ from apollo_fuse import measure
 from apollo_fuse.running import ort_value
 
 FEEDS = {"x": np.ones((2, 3), np.float32), "unused": np.ones(1, np.float32)}
-
-
 CONCAT = "Concat <axis = 0> (x, x)"
 
 
-def made_of(expression: str, data_type: str = "float") -> ort.InferenceSession:
-    header = '<ir_version: 8, opset_import: ["": 18]>'
-    graph = f"g ({data_type}[N, 3] x) => ({data_type}[N, 3] y) {{ y = {expression} }}"
-    model = onnx.parser.parse_model(f"{header} {graph}")
+def opened(graph: str) -> ort.InferenceSession:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 18]> {graph}')
     quiet = measure.session_options(1)
     quiet.log_severity_level = 4
-    return ort.InferenceSession(model.SerializeToString(), quiet)
+    return ort.InferenceSession(model.SerializeToString(), quiet, providers=["CPUExecutionProvider"])
+
+
+def made_of(expression: str, data_type: str = "float") -> ort.InferenceSession:
+    return opened(f"g ({data_type}[N, 3] x) => ({data_type}[N, 3] y) {{ y = {expression} }}")
 
 
 def doubled(data_type: str = "float") -> ort.InferenceSession:
@@ -167,13 +167,7 @@ def test_a_session_whose_output_does_not_fit_has_one_of_its_own() -> None:
 
 
 def test_a_model_whose_outputs_are_not_of_the_shape_that_it_declares_can_be_measured() -> None:
-    model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["": 18]> '
-        "g (float[N] x, int64[R] s) => (float[N] y) { y = Reshape(x, s) }"
-    )
-    quiet = measure.session_options(1)
-    quiet.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), quiet, providers=["CPUExecutionProvider"])
+    session = opened("g (float[N] x, int64[R] s) => (float[N] y) { y = Reshape(x, s) }")
     feeds = {"x": np.zeros(6, np.float32), "s": np.array([2, 3])}
     (timing,) = measure.interleaved([session], feeds, seconds=0, minimum_runs=3)
     assert timing.runs >= 3
