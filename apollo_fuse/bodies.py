@@ -52,3 +52,22 @@ def make_names_unique(graph: ir.Graph) -> None:
             taken.add(name)
             if name != value.name:
                 value.name = name
+
+
+class Names:
+    """The names of a graph's values and nodes, those of the bodies in it included."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.taken: set[str | None] = set()
+        for part in graphs(graph):
+            self.taken |= {value.name for value in (*part.inputs, *part.initializers.values())}
+            for node in part:
+                self.taken |= {node.name, *(value.name for value in node.outputs)}
+
+    def like(self, value: ir.Value, ending: str) -> str:
+        """A name that nothing has yet."""
+        name = f"{value.name}_{ending}"
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceContext, infer_symbolic_shapes, registry
 
@@ -212,6 +213,13 @@ def number_in(value: ir.Value | None) -> int | None:
     data = json.loads(value.metadata_props.get(SYM_DATA_KEY, "[]"))
     found = Dimensions.of(value.graph).element(data[0]) if len(data) == 1 else None
     return None if found is None else found.constant
+
+
+def constant_in(value: ir.Value | None) -> np.ndarray | None:
+    """What a weight holds; None for another value, an input with a default among them."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
 
 
 def _elements(value: ir.Value, dimensions: Dimensions) -> tuple[Index | None, ...] | None:
