@@ -21,6 +21,7 @@ from apollo_fuse.blocked import DOMAIN, block_size
 from apollo_fuse.bodies import bodies, nodes
 from apollo_fuse.branches import take_decided_branches
 from apollo_fuse.graph import Refused
+from apollo_fuse.loop_products import take_out_of_loops
 from apollo_fuse.one_hot_products import read_one_hot_rows
 from apollo_fuse.passes.keep_blocked import KeepBlocked
 from apollo_fuse.passes.open_compound_ops import OpenCompoundOps
@@ -66,6 +67,7 @@ def cut(clean: ir.Model, layout: Layout) -> Cut:
     take_decided_branches(clean, _with_shapes)
     remove_known_shapes(clean, _with_shapes)
     read_one_hot_rows(clean, _with_shapes)
+    take_out_of_loops(clean, _with_shapes)
     first = _annotated(clean, ())
     _state_stacked(clean, first.model)
     if layout is Layout.PORTABLE:

@@ -1,0 +1,252 @@
+"""Takes out of loops what need not be computed in each iteration.
+
+Exporters write recurrent networks as a Loop or a Scan whose iteration reads a row of the input and multiplies
+it by weights, and so reads all weights for one row. The rows are there before the loop starts: one product of
+all of them reads the weights once, and an iteration reads a row of the result. What an iteration makes of its
+own state stays inside, but weights are read from outside of the loop instead of being handed on by each
+iteration: onnxruntime then knows them, and packs them beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from apollo_fuse.bodies import Names, bodies, nodes
+from apollo_fuse.branches import Infer
+from apollo_fuse.graph import Value
+from apollo_fuse.products import bias, is_product, is_transposed
+from apollo_fuse.symbolic import constant_in, known_in
+
+_MOST_GROWTH = 32
+"""How many times as large as the rows their product may be, since it lies in memory as a whole."""
+_SAME_NUMBER = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+_MOVED = frozenset({"Cast", "Identity", "Transpose"})
+"""Operators that leave a loop if what they read is outside; they cannot fail where no iteration would run."""
+
+
+def take_out_of_loops(model: ir.Model, infer: Infer) -> None:
+    """Rewrites the model in place."""
+    loops = [_loop(node) for node in nodes(model.graph) if node.op_type in ("Loop", "Scan") and bodies(node)]
+    if not loops:
+        return
+    names = Names(model.graph)
+    for loop in loops:
+        loop.read_outside(names)
+    known = known_in(model, infer(model)) if any(map(_Loop.has_products, loops)) else {}
+    for loop in loops:
+        loop.take_products_out(known, names)
+    RemoveUnusedNodesPass()(model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What an iteration reads of a tensor: one along `axis`; `place` says which, in the loop's own way."""
+
+    of: ir.Value
+    axis: int
+    place: ir.Value
+
+
+class _Loop:
+    """A Loop: its iterations read rows by Gather, at a place that moves on."""
+
+    def __init__(self, node: ir.Node) -> None:
+        assert isinstance(node.graph, ir.Graph)
+        self.node, self.around = node, node.graph
+        (self.body,) = bodies(node)
+
+    # -- what a Scan has otherwise ------------------------------------------------------------------
+
+    @property
+    def states(self) -> range:
+        """The places of what is carried on, among the operands and the body's inputs alike."""
+        return range(2, len(self.node.inputs))
+
+    @property
+    def results(self) -> list[ir.Value]:
+        """What the body makes of its states."""
+        return list(self.body.outputs[1:])
+
+    def row(self, value: ir.Value) -> _Row | None:
+        """What `value` is a row of, where each iteration reads another one."""
+        node = value.producer()
+        if node is None or node.graph is not self.body or node.op_type != "Gather" or node.domain:
+            return None
+        data, place = node.inputs
+        assert data is not None and place is not None
+        axis = node.attributes.get("axis")
+        if not self._is_outside(data) or not self._moves_on(place):
+            return None
+        return _Row(data, 0 if axis is None else axis.as_int(), place)
+
+    def read_row(self, made: ir.Value, like: _Row, names: Names) -> ir.Node:
+        """A node that gives the row of `made` at the place of another row."""
+        return ir.node("Gather", [made, like.place], {"axis": like.axis})
+
+    # -- what stays the same ------------------------------------------------------------------------
+
+    def read_outside(self, names: Names) -> None:
+        """Lets the body read from outside what iterations only hand on, and moves what is made of that."""
+        results = self.results
+        for place in self.states:
+            state, operand = self.body.inputs[place], self.node.inputs[place]
+            if operand is not None and _original(results[place - self.states[0]]) is state:
+                for user, number in state.uses():
+                    user.replace_input_with(number, operand)
+        for node in list(self.body):
+            operand = node.inputs[0] if node.op_type in _MOVED and not node.domain else None
+            if operand is None or node.outputs[0].is_graph_output() or operand.graph is self.body:
+                continue
+            if self._is_outside(operand):
+                self.body.remove(node)
+                node.name = names.like(node.outputs[0], "outside")  # another loop's may have the same
+                self.around.insert_before(self.node, node)
+
+    def _is_outside(self, value: ir.Value) -> bool:
+        """Whether the value is there before the loop; the body's own weights are."""
+        producer = value.producer()
+        return value not in self.body.inputs and (producer is None or producer.graph is not self.body)
+
+    def _outside(self, value: ir.Value) -> ir.Value:
+        """The value, moved out of the body if it is a weight there."""
+        if value.is_initializer() and value.graph is self.body:
+            del self.body.initializers[value.name or ""]
+            self.around.register_initializer(value)
+        return value
+
+    # -- products -----------------------------------------------------------------------------------
+
+    def has_products(self) -> bool:
+        return any(map(is_product, self.body))
+
+    def take_products_out(self, known: Mapping[ir.Value, Value], names: Names) -> None:
+        """known: what is known of tensors; may lack those that this makes."""
+        for node in list(self.body):
+            row, weights = node.inputs[:2] if is_product(node) else (None, None)
+            read = None if row is None else self.row(row)
+            if read is None or weights is None or not self._is_outside(weights):
+                continue
+            if read.of in known and weights in known and _pays(node, read, known):
+                self._take_out(node, read, self._outside(weights), names)
+
+    def _take_out(self, node: ir.Node, row: _Row, weights: ir.Value, names: Names) -> None:
+        """Multiplies all rows before the loop, and reads the product's row in the place of `node`."""
+        result = node.outputs[0]
+
+        def made(node: ir.Node, ending: str) -> ir.Value:
+            made = node.outputs[0]
+            node.name = made.name = names.like(result, ending)
+            made.type = result.type
+            return made
+
+        if is_transposed(node):
+            turned = ir.node("Transpose", [weights], {"perm": [1, 0]})
+            self.around.insert_before(self.node, turned)
+            weights = made(turned, "weights")
+        product = ir.node("MatMul", [self._outside(row.of), weights])
+        self.around.insert_before(self.node, product)
+        read = self.read_row(made(product, "rows"), row, names)
+        self.body.insert_before(node, read)
+        taken = made(read, "row")
+        added = bias(node)
+        if added is not None:
+            biased = ir.node("Add", [taken, added])
+            self.body.insert_before(node, biased)
+            taken = made(biased, "biased")
+        result.replace_all_uses_with(taken, replace_graph_outputs=True)
+        self.body.remove(node, safe=True)
+
+    # -- places -------------------------------------------------------------------------------------
+
+    def _moves_on(self, value: ir.Value) -> bool:
+        """Whether this is a counter, or its distance from what stays: another place in each iteration.
+
+        Rows whose place is computed some other way (a token's in an embedding) may be few of very many.
+        """
+        if value in self.body.inputs:
+            place = self.body.inputs.index(value)
+            return place == 0 or (place in self.states and self._counts(place))
+        node = value.producer()
+        if node is None or node.graph is not self.body or node.domain:
+            return False
+        operands = [x for x in node.inputs if x is not None]
+        if node.op_type in _SAME_NUMBER:
+            return self._moves_on(operands[0])
+        if node.op_type not in ("Add", "Sub"):
+            return False
+        moving = [x for x in operands if not self._is_outside(x)]
+        return len(moving) == 1 and self._moves_on(moving[0])
+
+    def _counts(self, place: int) -> bool:
+        """Whether the state at `place` moves by 1 in an iteration."""
+        state = self.body.inputs[place]
+        node = _original(self.results[place - self.states[0]]).producer()
+        if node is None or node.op_type not in ("Add", "Sub") or node.domain or state not in node.inputs:
+            return False
+        steps = [constant_in(x) for x in node.inputs if x is not state]
+        return any(step is not None and step.size == 1 and abs(step.item()) == 1 for step in steps)
+
+
+class _Scan(_Loop):
+    """A Scan: its iterations are given rows as inputs of the body."""
+
+    @property
+    def _scanned(self) -> int:
+        return self.node.attributes["num_scan_inputs"].as_int()
+
+    @property
+    def states(self) -> range:
+        return range(len(self.node.inputs) - self._scanned)
+
+    @property
+    def results(self) -> list[ir.Value]:
+        return list(self.body.outputs)
+
+    def row(self, value: ir.Value) -> _Row | None:
+        place = self.body.inputs.index(value) if value in self.body.inputs else 0
+        operand = self.node.inputs[place]
+        if place < len(self.states) or operand is None or value not in self.body.inputs:
+            return None
+        return _Row(operand, self._of_scanned("scan_input_axes")[place - len(self.states)], value)
+
+    def read_row(self, made: ir.Value, like: _Row, names: Names) -> ir.Node:
+        number = self.body.inputs.index(like.place) - len(self.states)
+        for name in ("scan_input_axes", "scan_input_directions"):
+            numbers = self._of_scanned(name)
+            self.node.attributes[name] = ir.AttrInt64s(name, [*numbers, numbers[number]])
+        self.node.attributes["num_scan_inputs"] = ir.AttrInt64("num_scan_inputs", self._scanned + 1)
+        self.node.resize_inputs(len(self.node.inputs) + 1)
+        self.node.replace_input_with(len(self.node.inputs) - 1, made)
+        row = ir.Value(name=names.like(made, "scanned"), type=made.type)
+        self.body.inputs.append(row)
+        return ir.node("Identity", [row])
+
+    def _of_scanned(self, name: str) -> list[int]:
+        given = self.node.attributes.get(name)
+        return [0] * self._scanned if given is None else list(given.as_ints())
+
+
+def _loop(node: ir.Node) -> _Loop:
+    return _Loop(node) if node.op_type == "Loop" else _Scan(node)
+
+
+def _original(value: ir.Value) -> ir.Value:
+    """What this is a copy of."""
+    while (copied := value.producer()) is not None and copied.op_type == "Identity":
+        assert copied.inputs[0] is not None
+        value = copied.inputs[0]
+    return value
+
+
+def _pays(node: ir.Node, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
+    """Whether all rows may be multiplied at once: by a matrix that leaves their axis alone, none too wide."""
+    assert node.inputs[1] is not None
+    rank, extents = len(known[row.of].shape), [x.constant for x in known[node.inputs[1]].shape]
+    if len(extents) != 2 or rank < 2 or row.axis % rank == rank - 1:
+        return False
+    summed, kept = reversed(extents) if is_transposed(node) else extents
+    return summed is not None and kept is not None and kept <= _MOST_GROWTH * summed
