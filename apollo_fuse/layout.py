@@ -20,6 +20,7 @@ from apollo_fuse import onnx_io
 from apollo_fuse.blocked import DOMAIN, block_size
 from apollo_fuse.bodies import bodies, nodes
 from apollo_fuse.branches import take_decided_branches
+from apollo_fuse.convolution_scales import fold_scales
 from apollo_fuse.graph import Refused
 from apollo_fuse.loop_products import take_out_of_loops
 from apollo_fuse.one_hot_products import read_one_hot_rows
@@ -64,6 +65,7 @@ def cut(clean: ir.Model, layout: Layout) -> Cut:
     optimisations it is changed, too, to keep tensors in blocks.
     """
     write_sums_as_additions(clean)
+    fold_scales(clean, _with_shapes)
     take_decided_branches(clean, _with_shapes)
     remove_known_shapes(clean, _with_shapes)
     read_one_hot_rows(clean, _with_shapes)
