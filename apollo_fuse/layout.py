@@ -52,24 +52,26 @@ class Cut:
 
 
 def load_clean_at(path: Path, layout: Layout, folder: Path) -> ir.Model:
-    """The model at `path` behind the optimisations of this cut; otherwise as `onnx_io.load_clean`."""
-    levels = ort.GraphOptimizationLevel
-    level = levels.ORT_ENABLE_BASIC if layout is Layout.PORTABLE else levels.ORT_ENABLE_ALL
-    return onnx_io.load_clean(path, folder, level)
+    """The model at `path` behind the optimisations of this cut; otherwise as `onnx_io.load_clean`.
+
+    What is rewritten in a portable model is so before all optimisations, too: behind them, operators and
+    weights are others.
+    """
+    clean = onnx_io.load_clean(path, folder)
+    if layout is Layout.PORTABLE:
+        return clean
+    _rewrite(clean)
+    return onnx_io.load_clean(
+        onnx_io.save_beside(clean, folder), folder, ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    )
 
 
 def cut(clean: ir.Model, layout: Layout) -> Cut:
-    """The model with its shapes; `clean` is changed where they decide a branch, or need not be computed.
+    """The model with its shapes; `clean` is rewritten, and what Loops stack has the extents that are known.
 
-    In it sums of two are additions, and what Loops stack has the extents that are known. Behind all
-    optimisations it is changed, too, to keep tensors in blocks.
+    Behind all optimisations it is changed, too, to keep tensors in blocks.
     """
-    write_sums_as_additions(clean)
-    fold_scales(clean, _with_shapes)
-    take_decided_branches(clean, _with_shapes)
-    remove_known_shapes(clean, _with_shapes)
-    read_one_hot_rows(clean, _with_shapes)
-    take_out_of_loops(clean, _with_shapes)
+    _rewrite(clean)
     first = _annotated(clean, ())
     _state_stacked(clean, first.model)
     if layout is Layout.PORTABLE:
@@ -77,6 +79,16 @@ def cut(clean: ir.Model, layout: Layout) -> Cut:
     values = known_in(clean, first.model)
     opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values)
     return _annotated(clean, KeepBlocked(block_size())(clean.graph, values, opened))
+
+
+def _rewrite(clean: ir.Model) -> None:
+    """Leaves out of the model what need not be computed, or less often, or not by an operator of its own."""
+    write_sums_as_additions(clean)
+    fold_scales(clean, _with_shapes)
+    take_decided_branches(clean, _with_shapes)
+    remove_known_shapes(clean, _with_shapes)
+    read_one_hot_rows(clean, _with_shapes)
+    take_out_of_loops(clean, _with_shapes)
 
 
 def _state_stacked(clean: ir.Model, model: ir.Model) -> None:

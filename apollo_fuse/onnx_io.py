@@ -85,6 +85,14 @@ def load_clean(
     return model
 
 
+def save_beside(model: ir.Model, folder: Path) -> Path:
+    """Writes a clean model to the folder of its weights, or to a new one in `folder`; gives where."""
+    folders = {Path(tensor.base_dir) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
+    path = (folders.pop() if folders else Path(tempfile.mkdtemp(dir=folder))) / "rewritten.onnx"
+    ir.save(model, path)
+    return path
+
+
 def _holds_bfloat16(proto: onnx.ModelProto) -> bool:
     """Whether weights or inputs are of this type, by which whole models are."""
     types = [weight.data_type for weight in proto.graph.initializer]

@@ -324,13 +324,23 @@ def test_a_blocked_model_fails_by_name_where_blocks_have_another_size(
 
 def test_no_operator_is_left_to_a_convolution_that_has_been_optimised(tmp_path: Path, cache: Path) -> None:
     net = Net(block_size())
-    x = net.graph.op("Relu", net.graph.op("Add", net.start(), net.weight(1)))
+    x = net.graph.op("Relu", net.graph.op("Sub", net.weight(1), net.start()))
     onnx.save(net.finish(x), tmp_path / "model.onnx")
     report = apollo_fuse.fuse(
         tmp_path / "model.onnx", options=Options(layout="ort", measure=False, cache_dir=cache)
     )
     assert not any(refusal.rule == "leave_to_convolution" for refusal in report.refused)
-    assert [kernel.ops for kernel in report.accepted] == [("Add", "Relu")]
+    assert [kernel.ops for kernel in report.accepted] == [("Sub", "Relu")]
+
+
+def test_a_model_is_rewritten_before_it_is_laid_out(tmp_path: Path) -> None:
+    """Scales behind convolutions are in their weights; they would be operators on blocks."""
+    net = Net(block_size())
+    x = net.graph.op("Add", net.graph.op("Mul", net.start(), net.weight(1)), net.weight(1))
+    model = net.finish(x)
+    blocked = cut_blocked(model, tmp_path)
+    assert not {"Mul", "Add"} & set(op_types(blocked.clean)) and "Conv" in op_types(blocked.clean)
+    assert_same(run(model, image()), run(blocked.clean, image()))
 
 
 def test_auto_measures_both_layouts_and_takes_one_of_them(tmp_path: Path, cache: Path) -> None:
