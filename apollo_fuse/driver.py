@@ -142,7 +142,7 @@ class _Compilation:
     ) -> Attempt:
         """The kernels of one plan, compiled and judged; none where no inputs verify them."""
         layout, start, chosen = planned.layout, planned.start, planned.chosen
-        if feeds is None or not (chosen.candidates or layout is Layout.ORT):
+        if feeds is None or not (chosen.candidates or start.rewritten):
             nothing = Settled((), LatencyReport(threads=self.threads), NOTHING, {})
             return Attempt(layout, start.model, replace(chosen, candidates=()), None, nothing)
         place = folder / layout
@@ -151,7 +151,7 @@ class _Compilation:
         joined = self._join(start.model, judged, {**start.defaults, **feeds})
         shared = {f"{x.name}.stitch.txt": str(x) for x in joined.stitches}
         self._dump({**judged.chosen.dumps, **shared}, layout)
-        settled = self._settle(judged, joined, original, feeds, layout)
+        settled = self._settle(judged, joined, original, feeds, start.rewritten)
         return Attempt(layout, start.model, judged.chosen, judged.trial, settled, joined.stitches)
 
     def _join(self, model: ir.Model, judged: _Judged, feeds: Mapping[str, Array]) -> Joined:
@@ -225,8 +225,8 @@ class _Compilation:
         kept, trial = taken.settled.kept, taken.trial
         if kept and trial is not None:
             return trial.write(kept, self.output, self._builds(kept, trial.build), on_gpus.code)
-        if taken.settled.laid_out and trial is not None:
-            trial.write_laid_out(self.output)
+        if taken.settled.alone and trial is not None:
+            trial.write_alone(self.output)
         else:
             onnx_files.write_unchanged(self.path, self.output)
         link.remove_library(self.output.with_suffix(".so"))
@@ -335,7 +335,7 @@ class _Compilation:
         joined: Joined,
         original: ort.InferenceSession,
         feeds: Mapping[str, Array],
-        layout: Layout,
+        rewritten: bool,
     ) -> Settled:
         judgements = {**judged.judgements, **joined.judgements}
         seed = self.options.seed
@@ -354,12 +354,12 @@ class _Compilation:
             self.progress.stage("measure", None)
             with self._timed("measure"):
                 kept, latency = settle.fastest(kept)
-        if not kept and self.options.measure and layout is Layout.ORT:
+        if not kept and self.options.measure and rewritten:
             with self._timed("measure"):
-                alone = settle.as_laid_out()
+                alone = settle.alone()
             if alone is not None:
-                return Settled((), *alone, settle.judgements, laid_out=True)
-        return Settled(kept, latency, verdict, settle.judgements, layout is Layout.ORT and bool(kept))
+                return Settled((), *alone, settle.judgements, alone=True)
+        return Settled(kept, latency, verdict, settle.judgements)
 
     def _machine(self) -> Machine:
         """What kernels are predicted for.
@@ -421,6 +421,7 @@ class _Compilation:
     ) -> Report:
         chosen, settled = taken.chosen, taken.settled
         verdict = settled.verdict
+        bound = taken.layout is Layout.ORT and (settled.kept or settled.alone)
         return Report(
             model=self.path,
             output=self.output,
@@ -442,7 +443,8 @@ class _Compilation:
             ),
             latency=settled.latency,
             layout=taken.layout,
-            made_for=made_for_text(taken.model) if settled.laid_out else None,
+            made_for=made_for_text(taken.model) if bound else None,
+            rewritten=settled.alone,
             layouts=tried,
             beside_convolutions=sum(in_context(x) for x in chosen.candidates),
             compile_seconds=self._compile_seconds(chosen),

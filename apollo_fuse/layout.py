@@ -7,8 +7,9 @@ as they lie.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -43,12 +44,16 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A model at one cut; `model` is `clean` with shapes, inputs with a default made plain ones."""
+    """A model at one cut; `model` is `clean` with shapes, inputs with a default made plain ones.
+
+    rewritten: whether it may be faster than the original with no kernel, by other operators or its layout.
+    """
 
     clean: ir.Model
     model: ir.Model
     defaults: Mapping[str, Array]
     refused: tuple[Refused, ...]
+    rewritten: bool = False
 
 
 def load_clean_at(path: Path, layout: Layout, folder: Path) -> ir.Model:
@@ -71,14 +76,20 @@ def cut(clean: ir.Model, layout: Layout) -> Cut:
 
     Behind all optimisations it is changed, too, to keep tensors in blocks.
     """
+    before = _operators(clean)
     _rewrite(clean)
     first = _annotated(clean, ())
     _state_stacked(clean, first.model)
     if layout is Layout.PORTABLE:
-        return first
+        return replace(first, rewritten=_operators(clean) != before)
     values = known_in(clean, first.model)
     opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values)
-    return _annotated(clean, KeepBlocked(block_size())(clean.graph, values, opened))
+    refused = KeepBlocked(block_size())(clean.graph, values, opened)
+    return replace(_annotated(clean, refused), rewritten=True)
+
+
+def _operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in nodes(model.graph))
 
 
 def _rewrite(clean: ir.Model) -> None:

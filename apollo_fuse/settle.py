@@ -22,7 +22,9 @@ MODEL_RUNS = 300  # at most, of each model in one measurement
 SMALL = 0.01  # share of a run's time that is not worth a measurement of the model
 LEAST_SECONDS = 0.25  # of readings, before the verdict can be clear
 HOPELESS = 1.05  # share of the unfused time from which a longer measurement is no use
-BOUND_WINS = 0.95  # share of a portable model's time that a machine-bound one has to stay below
+BOUND_WINS = (
+    0.95  # share of a portable model's time that a machine-bound one, or one with no kernel, must not reach
+)
 WHOLE_MODEL_WINS = 0.98  # share of the unfused time that a fused model has to stay below
 
 
@@ -34,7 +36,7 @@ class Settled:
     latency: LatencyReport
     verdict: Verdict
     judgements: Mapping[str, Judgement]
-    laid_out: bool = False  # whether the model gains by its layout, with or without kernels
+    alone: bool = False  # whether the model gains with no kernel, by its layout or how it was rewritten
 
 
 @dataclass(slots=True)
@@ -123,15 +125,15 @@ class Settle:
             self._opened = chosen, self.trial.fused(chosen)
         return self._opened[1]
 
-    def as_laid_out(self) -> tuple[LatencyReport, Verdict] | None:
-        """What the layout of `trial.clean` gains with no kernel; None where it gains nothing by itself."""
+    def alone(self) -> tuple[LatencyReport, Verdict] | None:
+        """What the model gains with no kernel, rewritten or laid out as it is; None for nothing."""
         verdict = self._verify(())
         if not verdict.passed:
             return None
-        unfused, laid_out = self._measured((), seconds=3.0)
-        if max(laid_out.share, laid_out.minimum / unfused.minimum) >= BOUND_WINS:
+        unfused, rewritten = self._measured((), seconds=3.0)
+        if max(rewritten.share, rewritten.minimum / unfused.minimum) >= BOUND_WINS:
             return None
-        return _latency(unfused, laid_out, self.trial.threads), verdict
+        return _latency(unfused, rewritten, self.trial.threads), verdict
 
     def _verify(self, chosen: Sequence[Swap]) -> Verdict:
         original = self.original

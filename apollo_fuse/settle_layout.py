@@ -43,10 +43,10 @@ def faster_layout(
 ) -> tuple[Attempt, tuple[LayoutReport, ...]]:
     """The attempt to write, and what was measured; nothing is where a layout has no kernel to measure."""
     portable, bound = attempts
-    if bound.trial is None or not bound.settled.laid_out:
+    if bound.trial is None or not (bound.settled.kept or bound.settled.alone):
         return portable, ()
     models = [original, bound.trial.fused(bound.settled.kept)]
-    if portable.trial is not None and portable.settled.kept:
+    if portable.trial is not None and (portable.settled.kept or portable.settled.alone):
         models.append(portable.trial.fused(portable.settled.kept))
     timings = interleaved(models, feeds, seconds=_SECONDS * len(models), maximum_runs=MODEL_RUNS)
     unfused, in_blocks, in_rows = timings[0], timings[1], timings[-1 if len(models) == 3 else 0]

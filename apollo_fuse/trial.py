@@ -74,8 +74,8 @@ class Trial:
             onnx_io.write(self._swapped(chosen), path)
         return library
 
-    def write_laid_out(self, path: Path) -> None:
-        """Writes the model without a kernel, in the layout that it is in."""
+    def write_alone(self, path: Path) -> None:
+        """Writes the model without a kernel, as it was rewritten and laid out."""
         onnx_io.write(self._swapped(()), path)
 
     def _link(

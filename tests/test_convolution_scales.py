@@ -9,7 +9,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import apollo_fuse
 from apollo_fuse.bodies import nodes
+from apollo_fuse.options import Options
 from apollo_fuse.running import run
 from apollo_fuse.tolerance import compare
 from tests.fusing import fuse_to_session, reference_session, with_shapes
@@ -170,3 +172,33 @@ def test_a_branch_has_its_own_scales(cache: Path, tmp_path: Path) -> None:
             assert not compare(name, expected, found).problem
     clean = with_shapes(model, tmp_path)
     assert op_types(clean).count("Mul") == 1
+
+
+def scaled_net(blocks: int = 6) -> onnx.ModelProto:
+    """Depthwise convolutions with learnt scales between them."""
+    channels, random = 32, np.random.default_rng(1)
+    weights = {f"k{n}": random.standard_normal((channels, 1, 3, 3)).astype(np.float32) for n in range(blocks)}
+    layers = "".join(
+        f"c{n} = Conv <group = {channels}, pads = [1, 1, 1, 1]> (x{n}, k{n}) m{n} = Mul(c{n}, half) "
+        f"x{n + 1} = Add(m{n}, two) "
+        for n in range(blocks)
+    )
+    end = f"y = GlobalAveragePool(x{blocks})"
+    text = f"g (float[1, {channels}, 112, 112] x0) => (float[] y) {{ {layers} {end} }}"
+    return text_model(text, half=WEIGHTS["half"], two=WEIGHTS["two"], **weights)
+
+
+def test_a_model_may_gain_with_no_kernel(tmp_path: Path, cache: Path) -> None:
+    """It is written as it was rewritten, without a library, and remembered so."""
+    path, output = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(scaled_net(), path)
+    options = Options(cache_dir=cache, threads=2)
+    report = apollo_fuse.fuse(path, output, options)
+    assert report.library is None and report.rewritten and report.made_for is None
+    assert report.latency.speedup is not None and report.latency.speedup > 1
+    assert report.verification.passed and report.nodes_after == 7
+    written = output.read_bytes()
+    assert not {"Mul", "Add"} & {node.op_type for node in onnx.load_from_string(written).graph.node}
+    output.unlink()
+    again = apollo_fuse.fuse(path, output, options)
+    assert again.remembered and again.rewritten and output.read_bytes() == written

@@ -126,10 +126,13 @@ def test_the_summary_of_a_portable_model_says_where_another_layout_may_gain() ->
     assert "Kernels beside convolutions were tried in 4 places; --layout auto may gain more there" in text
 
 
-def test_the_summary_of_a_model_that_gains_by_its_layout_alone() -> None:
-    laid_out = dataclasses.replace(UNCHANGED, layout="ort", made_for="onnxruntime 1.32.0")
-    text = rendered(render_summary, laid_out)
-    assert "Wrote net.fused.onnx, whose layout alone is what gains; it has no library" in text
+@pytest.mark.parametrize(
+    ("made_for", "gains"), [("onnxruntime 1.32.0", "its layout"), (None, "other operators")]
+)
+def test_the_summary_of_a_model_that_gains_with_no_kernel(made_for: str | None, gains: str) -> None:
+    alone = dataclasses.replace(UNCHANGED, made_for=made_for, rewritten=True)
+    text = rendered(render_summary, alone)
+    assert f"Wrote net.fused.onnx, which gains by {gains} alone; it has no library" in text
     assert "unchanged" not in text
 
 
