@@ -55,7 +55,7 @@ def make_names_unique(graph: ir.Graph) -> None:
 
 
 class Names:
-    """The names of a graph's values and nodes, those of the bodies in it included."""
+    """The names of a graph's values and nodes, those of the bodies that `graphs` gives included."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.taken: set[str | None] = set()

@@ -20,12 +20,10 @@ from apollo_fuse.graph import Value
 from apollo_fuse.symbolic import constant_in, known_in
 
 _OPERATORS = frozenset({"Add", "Sub", "Mul", "Div"})
-_TYPES = (np.float32, np.float64)
-"""Types whose weights may be rounded once more than they were."""
 
 
-def fold_scales(model: ir.Model, infer: Infer) -> None:
-    """Rewrites the model in place."""
+def fold_scales(model: ir.Model, infer: Infer) -> bool:
+    """Rewrites the model in place; gives whether there was something to fold."""
     found = [node for node in nodes(model.graph) if node.op_type == "Conv" and not node.domain]
     convolutions = [_Convolution(node, weights) for node in found if (weights := _weights(node)) is not None]
     for each in convolutions:
@@ -39,13 +37,14 @@ def fold_scales(model: ir.Model, infer: Infer) -> None:
         each.write(model.graph, names)
     if changed:
         RemoveUnusedNodesPass()(model)
+    return bool(changed)
 
 
 def _weights(node: ir.Node) -> np.ndarray | None:
-    """Those of a convolution whose weights and bias are known."""
+    """Those of a convolution whose weights and bias are known; in 16 bits, another rounding would show."""
     weights = constant_in(node.inputs[1])
     known = len(node.inputs) < 3 or node.inputs[2] is None or constant_in(node.inputs[2]) is not None
-    return weights if known and weights is not None and weights.dtype in _TYPES else None
+    return weights if known and weights is not None and weights.size and weights.dtype == np.float32 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,10 @@ class _Affine:
 
 
 class _Convolution:
-    """A convolution whose weights ``[out, in / groups, ...]`` and bias ``[out]`` are about to change."""
+    """A convolution whose weights ``[out, in / groups, ...]`` and bias ``[out]`` are about to change.
+
+    What has changed is in doubles, until it is written.
+    """
 
     def __init__(self, node: ir.Node, weights: np.ndarray) -> None:
         self.node, self.weights, self.changed = node, weights, False
@@ -119,7 +121,7 @@ class _Convolution:
         """Gives the node its new weights."""
         self.node.resize_inputs(3)
         for place, array in ((1, self.weights), (2, self.bias)):
-            tensor = ir.tensor(np.ascontiguousarray(array))
+            tensor = ir.tensor(np.ascontiguousarray(array, np.float32))
             name = names.like(self.node.outputs[0], "weights" if place == 1 else "bias")
             value = ir.Value(
                 name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
@@ -128,12 +130,11 @@ class _Convolution:
             self.node.replace_input_with(place, value)
 
     def _change(self, weights: np.ndarray, bias: np.ndarray) -> bool:
-        """Takes new weights, in doubles; gives whether they are numbers of their type."""
-        with np.errstate(over="ignore"):
-            changed = [array.astype(self.weights.dtype) for array in (weights, bias)]
-        if not all(np.isfinite(array).all() for array in changed):
+        """Takes new weights, in doubles, unless some of them would be lost in their own type."""
+        limits, lost = np.finfo(np.float32), np.abs(weights)
+        if max(lost.max(), np.abs(bias).max()) > limits.max or (lost[self.weights != 0] < limits.tiny).any():
             return False
-        self.weights, self.bias, self.changed = *changed, True
+        self.weights, self.bias, self.changed = weights, bias, True
         return True
 
     def _affine(self, node: ir.Node, read: ir.Value, channels: int) -> _Affine | None:

@@ -421,7 +421,7 @@ class _Compilation:
     ) -> Report:
         chosen, settled = taken.chosen, taken.settled
         verdict = settled.verdict
-        bound = taken.layout is Layout.ORT and (settled.kept or settled.alone)
+        bound = taken.layout is Layout.ORT and bool(settled.kept or settled.alone)
         return Report(
             model=self.path,
             output=self.output,
@@ -444,7 +444,7 @@ class _Compilation:
             latency=settled.latency,
             layout=taken.layout,
             made_for=made_for_text(taken.model) if bound else None,
-            rewritten=settled.alone,
+            without_kernels=settled.alone,
             layouts=tried,
             beside_convolutions=sum(in_context(x) for x in chosen.candidates),
             compile_seconds=self._compile_seconds(chosen),

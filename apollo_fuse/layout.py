@@ -7,7 +7,6 @@ as they lie.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -76,30 +75,28 @@ def cut(clean: ir.Model, layout: Layout) -> Cut:
 
     Behind all optimisations it is changed, too, to keep tensors in blocks.
     """
-    before = _operators(clean)
-    _rewrite(clean)
+    rewritten = _rewrite(clean)
     first = _annotated(clean, ())
     _state_stacked(clean, first.model)
     if layout is Layout.PORTABLE:
-        return replace(first, rewritten=_operators(clean) != before)
+        return replace(first, rewritten=rewritten)
     values = known_in(clean, first.model)
     opened = OpenCompoundOps(clean.opset_imports[""])(clean.graph, values)
     refused = KeepBlocked(block_size())(clean.graph, values, opened)
     return replace(_annotated(clean, refused), rewritten=True)
 
 
-def _operators(model: ir.Model) -> Counter[str]:
-    return Counter(node.op_type for node in nodes(model.graph))
+def _rewrite(clean: ir.Model) -> bool:
+    """Leaves out of the model what need not be computed, or less often, or not by an operator of its own.
 
-
-def _rewrite(clean: ir.Model) -> None:
-    """Leaves out of the model what need not be computed, or less often, or not by an operator of its own."""
+    Gives whether that may gain much by itself.
+    """
     write_sums_as_additions(clean)
-    fold_scales(clean, _with_shapes)
     take_decided_branches(clean, _with_shapes)
     remove_known_shapes(clean, _with_shapes)
-    read_one_hot_rows(clean, _with_shapes)
-    take_out_of_loops(clean, _with_shapes)
+    return any(
+        [rewrite(clean, _with_shapes) for rewrite in (fold_scales, read_one_hot_rows, take_out_of_loops)]
+    )
 
 
 def _state_stacked(clean: ir.Model, model: ir.Model) -> None:

@@ -25,21 +25,25 @@ _MOST_GROWTH = 32
 """How many times as large as the rows their product may be, since it lies in memory as a whole."""
 _SAME_NUMBER = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _MOVED = frozenset({"Cast", "Identity", "Transpose"})
-"""Operators that leave a loop if what they read is outside; they cannot fail where no iteration would run."""
+"""Operators that leave a loop if what they read is outside: of numbers, which they cannot fail on."""
+_MOST_UNREAD = 8
+"""How many rows for each that is read may be multiplied: a product of many takes less time for each."""
 
 
-def take_out_of_loops(model: ir.Model, infer: Infer) -> None:
-    """Rewrites the model in place."""
-    loops = [_loop(node) for node in nodes(model.graph) if node.op_type in ("Loop", "Scan") and bodies(node)]
+def take_out_of_loops(model: ir.Model, infer: Infer) -> bool:
+    """Rewrites the model in place; gives whether there was something to take out."""
+    found = [_loop(node) for node in nodes(model.graph) if node.op_type in ("Loop", "Scan") and bodies(node)]
+    loops = found[::-1]  # what leaves one loop may leave the one around it
     if not loops:
-        return
+        return False
     names = Names(model.graph)
-    for loop in loops:
-        loop.read_outside(names)
-    known = known_in(model, infer(model)) if any(map(_Loop.has_products, loops)) else {}
-    for loop in loops:
-        loop.take_products_out(known, names)
-    RemoveUnusedNodesPass()(model)
+    changed = any([loop.read_outside(names) for loop in loops])
+    if any(map(_Loop.has_products, loops)):
+        known = known_in(model, infer(model))
+        changed |= any([loop.take_products_out(known, names) for loop in loops])
+    if changed:
+        RemoveUnusedNodesPass()(model)
+    return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,36 +87,50 @@ class _Loop:
             return None
         return _Row(data, 0 if axis is None else axis.as_int(), place)
 
+    def reads_few(self, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
+        """Whether the loop is known to end long before the rows do."""
+        trips, shape = constant_in(self.node.inputs[0]), known[row.of].shape
+        rows = shape[row.axis % len(shape)].constant
+        return trips is not None and rows is not None and rows > _MOST_UNREAD * trips.item()
+
     def read_row(self, made: ir.Value, like: _Row, names: Names) -> ir.Node:
         """A node that gives the row of `made` at the place of another row."""
         return ir.node("Gather", [made, like.place], {"axis": like.axis})
 
     # -- what stays the same ------------------------------------------------------------------------
 
-    def read_outside(self, names: Names) -> None:
-        """Lets the body read from outside what iterations only hand on, and moves what is made of that."""
-        results = self.results
+    def read_outside(self, names: Names) -> bool:
+        """Lets the body read from outside what iterations only hand on, and moves what is made of that.
+
+        Gives whether there was any.
+        """
+        results, changed = self.results, False
         for place in self.states:
             state, operand = self.body.inputs[place], self.node.inputs[place]
             if operand is not None and _original(results[place - self.states[0]]) is state:
                 for user, number in state.uses():
                     user.replace_input_with(number, operand)
+                    changed = True
         for node in list(self.body):
             operand = node.inputs[0] if node.op_type in _MOVED and not node.domain else None
             if operand is None or node.outputs[0].is_graph_output() or operand.graph is self.body:
                 continue
-            if self._is_outside(operand):
+            if self._is_outside(operand) and operand.dtype not in (None, ir.DataType.STRING):
                 self.body.remove(node)
                 node.name = names.like(node.outputs[0], "outside")  # another loop's may have the same
                 self.around.insert_before(self.node, node)
+                changed = True
+        return changed
 
     def _is_outside(self, value: ir.Value) -> bool:
-        """Whether the value is there before the loop; the body's own weights are."""
+        """Whether the value is there before the loop, or is a weight of the body that can be."""
         producer = value.producer()
-        return value not in self.body.inputs and (producer is None or producer.graph is not self.body)
+        if value.graph is not self.body:
+            return True
+        return producer is None and value not in self.body.inputs and not value.is_graph_output()
 
-    def _outside(self, value: ir.Value) -> ir.Value:
-        """The value, moved out of the body if it is a weight there."""
+    def _moved_out(self, value: ir.Value) -> ir.Value:
+        """The value, which is moved out of the body if it is a weight there."""
         if value.is_initializer() and value.graph is self.body:
             del self.body.initializers[value.name or ""]
             self.around.register_initializer(value)
@@ -123,15 +141,20 @@ class _Loop:
     def has_products(self) -> bool:
         return any(map(is_product, self.body))
 
-    def take_products_out(self, known: Mapping[ir.Value, Value], names: Names) -> None:
-        """known: what is known of tensors; may lack those that this makes."""
+    def take_products_out(self, known: Mapping[ir.Value, Value], names: Names) -> bool:
+        """Gives whether there were any; `known` may lack tensors that this makes."""
+        changed = False
         for node in list(self.body):
             row, weights = node.inputs[:2] if is_product(node) else (None, None)
             read = None if row is None else self.row(row)
             if read is None or weights is None or not self._is_outside(weights):
                 continue
-            if read.of in known and weights in known and _pays(node, read, known):
-                self._take_out(node, read, self._outside(weights), names)
+            if read.of not in known or weights not in known or not _is_one_of_rows(node, read, known):
+                continue
+            if not self.reads_few(read, known):
+                self._take_out(node, read, self._moved_out(weights), names)
+                changed = True
+        return changed
 
     def _take_out(self, node: ir.Node, row: _Row, weights: ir.Value, names: Names) -> None:
         """Multiplies all rows before the loop, and reads the product's row in the place of `node`."""
@@ -147,7 +170,7 @@ class _Loop:
             turned = ir.node("Transpose", [weights], {"perm": [1, 0]})
             self.around.insert_before(self.node, turned)
             weights = made(turned, "weights")
-        product = ir.node("MatMul", [self._outside(row.of), weights])
+        product = ir.node("MatMul", [self._moved_out(row.of), weights])
         self.around.insert_before(self.node, product)
         read = self.read_row(made(product, "rows"), row, names)
         self.body.insert_before(node, read)
@@ -157,6 +180,7 @@ class _Loop:
             biased = ir.node("Add", [taken, added])
             self.body.insert_before(node, biased)
             taken = made(biased, "biased")
+        taken.shape = result.shape
         result.replace_all_uses_with(taken, replace_graph_outputs=True)
         self.body.remove(node, safe=True)
 
@@ -187,6 +211,8 @@ class _Loop:
         node = _original(self.results[place - self.states[0]]).producer()
         if node is None or node.op_type not in ("Add", "Sub") or node.domain or state not in node.inputs:
             return False
+        if node.op_type == "Sub" and node.inputs[0] is not state:
+            return False
         steps = [constant_in(x) for x in node.inputs if x is not state]
         return any(step is not None and step.size == 1 and abs(step.item()) == 1 for step in steps)
 
@@ -207,11 +233,16 @@ class _Scan(_Loop):
         return list(self.body.outputs)
 
     def row(self, value: ir.Value) -> _Row | None:
-        place = self.body.inputs.index(value) if value in self.body.inputs else 0
+        if value not in self.body.inputs:
+            return None
+        place = self.body.inputs.index(value)
         operand = self.node.inputs[place]
-        if place < len(self.states) or operand is None or value not in self.body.inputs:
+        if place in self.states or operand is None:
             return None
         return _Row(operand, self._of_scanned("scan_input_axes")[place - len(self.states)], value)
+
+    def reads_few(self, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
+        return False
 
     def read_row(self, made: ir.Value, like: _Row, names: Names) -> ir.Node:
         number = self.body.inputs.index(like.place) - len(self.states)
@@ -223,7 +254,7 @@ class _Scan(_Loop):
         self.node.replace_input_with(len(self.node.inputs) - 1, made)
         row = ir.Value(name=names.like(made, "scanned"), type=made.type)
         self.body.inputs.append(row)
-        return ir.node("Identity", [row])
+        return ir.node("Identity", [row])  # the row may be a result, which no input of a body can be
 
     def _of_scanned(self, name: str) -> list[int]:
         given = self.node.attributes.get(name)
@@ -236,14 +267,14 @@ def _loop(node: ir.Node) -> _Loop:
 
 def _original(value: ir.Value) -> ir.Value:
     """What this is a copy of."""
-    while (copied := value.producer()) is not None and copied.op_type == "Identity":
+    while (copied := value.producer()) is not None and copied.op_type == "Identity" and not copied.domain:
         assert copied.inputs[0] is not None
         value = copied.inputs[0]
     return value
 
 
-def _pays(node: ir.Node, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
-    """Whether all rows may be multiplied at once: by a matrix that leaves their axis alone, none too wide."""
+def _is_one_of_rows(node: ir.Node, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
+    """Whether all rows can be multiplied at once: by a matrix that leaves their axis alone, none too wide."""
     assert node.inputs[1] is not None
     rank, extents = len(known[row.of].shape), [x.constant for x in known[node.inputs[1]].shape]
     if len(extents) != 2 or rank < 2 or row.axis % rank == rank - 1:

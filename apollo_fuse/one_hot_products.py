@@ -22,6 +22,8 @@ from apollo_fuse.symbolic import constant_in, known_in
 
 _SINCE = 13
 """The opset from which Clip takes integers, and Squeeze its axes as an operand."""
+_MOST_BYTES = 2**28
+"""Of weights; the table is a copy of them that is held in memory, and is part of the model's message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +45,36 @@ class _OneHot:
         return not self.compared or index.shape[-1].constant == 1
 
 
-def read_one_hot_rows(model: ir.Model, infer: Infer) -> None:
-    """Rewrites the model in place."""
+def read_one_hot_rows(model: ir.Model, infer: Infer) -> bool:
+    """Rewrites the model in place; gives whether there was such a product."""
     if model.opset_imports[""] < _SINCE:
-        return
-    found = [(node, one_hot) for node in nodes(model.graph) if (one_hot := _of_product(node)) is not None]
-    if not found:
-        return
-    known, names = known_in(model, infer(model)), Names(model.graph)
-    for node, one_hot in found:
-        index = known.get(one_hot.index)
-        if index is not None and one_hot.is_made_of(index):
+        return False
+    products = [node for node in nodes(model.graph) if _of_product(node) is not None]
+    if not products:
+        return False
+    known, names, changed = known_in(model, infer(model)), Names(model.graph), False
+    for node in products:
+        one_hot = _of_product(node)  # anew: an index may be a result that is another by now, and not known
+        index = None if one_hot is None else known.get(one_hot.index)
+        if one_hot is not None and index is not None and one_hot.is_made_of(index):
             _Rewriting(model.graph, node, names).read(one_hot, index.dtype)
-    RemoveUnusedNodesPass()(model)
+            changed = True
+    if changed:
+        RemoveUnusedNodesPass()(model)
+    return changed
 
 
 def _of_product(node: ir.Node) -> _OneHot | None:
     """The one-hot matrix that is multiplied by constant, finite weights."""
     if not is_product(node) or node.inputs[0] is None:
         return None
-    made, weights = node.inputs[0].producer(), constant_in(node.inputs[1])
+    made = node.inputs[0].producer()
     if made is not None and made.op_type == "Cast" and not made.domain and made.inputs[0] is not None:
         made = made.inputs[0].producer()
-    if made is None or made.domain or weights is None or weights.ndim != 2:
+    if made is None or made.domain or made.op_type not in ("Equal", "OneHot"):
+        return None
+    weights = constant_in(node.inputs[1])
+    if weights is None or weights.ndim != 2 or not 0 < weights.nbytes <= _MOST_BYTES:
         return None
     count = weights.shape[1 if is_transposed(node) else 0]
     one_hot = _compared(made, count) or _written(made, count)
@@ -125,7 +134,7 @@ class _Rewriting:
         if added is not None:
             row = self._made("Add", row, added)
         result = self.product.outputs[0]
-        row.type = result.type
+        row.type, row.shape = result.type, result.shape
         result.replace_all_uses_with(row, replace_graph_outputs=True)
         assert self.product.graph is not None
         self.product.graph.remove(self.product, safe=True)

@@ -76,7 +76,8 @@ def load_clean(
         constants = model.graph.initializers
         for number in reversed(range(len(model.graph.inputs))):
             if model.graph.inputs[number].name in constants:
-                del model.graph.inputs[number]
+                model.graph.inputs.pop(number)
+        model.ir_version = _OVERRIDABLE_SINCE  # in which weights need not be inputs
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     model.metadata_props.update(original.metadata_props)
     model.graph.doc_string = original.graph.doc_string

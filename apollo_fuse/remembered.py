@@ -80,7 +80,7 @@ def recall(cache: Path, key: str) -> Outcome | None:
 def remember(cache: Path, key: str, report: Report) -> None:
     """Keeps what the report tells of, and the files that it names, unless that would take much room."""
     held = {_REPORT: json.dumps(asdict(report), default=str).encode()}
-    if report.library is not None or report.rewritten:
+    if report.library is not None or report.without_kernels:
         model = _around_weights(report.model, report.output)
         if model is None:
             return

@@ -18,7 +18,7 @@ _LONGEST = 72  # characters of such a piece; extents of open dimensions can fill
 
 def render_summary(report: Report, console: Console) -> None:
     """Print what changed, what it gained, and the largest groups of nodes that stayed as they were."""
-    if report.library is None and not report.rewritten:
+    if report.library is None and not report.without_kernels:
         console.print(f"[bold]{escape(report.model.name)}[/]: nothing was fused", highlight=False)
         if report.kernels:
             _print(console, f"  {_tried(report.kernels)}")
@@ -30,7 +30,7 @@ def render_summary(report: Report, console: Console) -> None:
         _print(console, line)
     if report.refused:
         _print_table(console, _largest_refusals(report.refused))
-    if report.rewritten:
+    if report.without_kernels:
         gains = "by its layout alone" if report.made_for is not None else "by other operators alone"
         _print(console, f"Wrote {report.output}, which gains {gains}; it has no library")
     elif report.library is None:

@@ -190,7 +190,7 @@ class Report:
     """What `apollo_fuse.fuse` returns and `--json` writes.
 
     library: the custom-op library, or None when nothing was fused. Then the model was written unchanged,
-        unless it is `rewritten`: what gains is its layout, or that it has other operators, alone.
+        unless `without_kernels` says that it gains by its layout, or by other operators, alone.
     target, cpu: what the library is for, as --target names it, and the processor it was compiled on.
     cpu_targets: what the library's kernels were compiled for, the lowest level first; none without a library.
     verified_cpu: what they were compiled for when they were verified and measured: the best of the targets
@@ -224,7 +224,7 @@ class Report:
     latency: LatencyReport = field(default_factory=LatencyReport)
     layout: str = "portable"
     made_for: str | None = None
-    rewritten: bool = False
+    without_kernels: bool = False
     layouts: tuple[LayoutReport, ...] = ()
     beside_convolutions: int = 0
     remembered: bool = False

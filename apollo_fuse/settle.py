@@ -23,7 +23,7 @@ SMALL = 0.01  # share of a run's time that is not worth a measurement of the mod
 LEAST_SECONDS = 0.25  # of readings, before the verdict can be clear
 HOPELESS = 1.05  # share of the unfused time from which a longer measurement is no use
 BOUND_WINS = (
-    0.95  # share of a portable model's time that a machine-bound one, or one with no kernel, must not reach
+    0.95  # share of what else there is that a machine-bound model, or one without kernels, stays below
 )
 WHOLE_MODEL_WINS = 0.98  # share of the unfused time that a fused model has to stay below
 

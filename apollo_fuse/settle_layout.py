@@ -41,7 +41,7 @@ def layouts(options: Options) -> tuple[Layout, ...]:
 def faster_layout(
     attempts: Sequence[Attempt], original: ort.InferenceSession, feeds: Mapping[str, Array]
 ) -> tuple[Attempt, tuple[LayoutReport, ...]]:
-    """The attempt to write, and what was measured; nothing is where a layout has no kernel to measure."""
+    """The attempt to write, and what was measured; nothing is where a layout has nothing to measure."""
     portable, bound = attempts
     if bound.trial is None or not (bound.settled.kept or bound.settled.alone):
         return portable, ()

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from apollo_fuse.bodies import bodies, nodes
+from apollo_fuse.layout import Layout, cut, load_clean_at
 from apollo_fuse.running import run
 from apollo_fuse.tolerance import compare
 from tests.fusing import fuse_to_session, reference_session, with_shapes
@@ -140,6 +141,11 @@ LEFT = {
         "on = Add(at, one)",
         ("int64 at", "zero", "int64 on"), ("float[B, T, 1] z", "column", "float[B, T, 1] z"),
     ],
+    "a weight that is a result": [
+        f"e = Gather(x, i) c = Constant <value = float[16, 8] {{{', '.join(['0.5'] * 128)}}}> () "
+        "p = MatMul(e, c)",
+        ("float[16, 8] l", "w", "float[16, 8] c"),
+    ],
     "half of a product": ["e = Gather(x, i) p = Gemm <alpha = 0.5> (e, w)"],
 }  # fmt: skip
 
@@ -158,6 +164,58 @@ def test_products_along_the_axis_of_the_rows_stay(tmp_path: Path) -> None:
     clean = with_shapes(model, tmp_path)
     assert products(clean) == (0, 2)
     assert_same(clean, model, feeds(5, normal(3, 16, 16)))
+
+
+@pytest.mark.parametrize(("trips", "left"), [(1, 2), (2, 1)])
+def test_products_of_many_rows_of_which_few_are_read_stay(trips: int, left: int, tmp_path: Path) -> None:
+    body = (
+        "<body = b (int64 i, bool go, float[8] s) => (bool more, float[8] o) "
+        "{ more = Identity(go) e = Gather(x, i) p = MatMul(e, w) u = MatMul(s, r) d = Add(p, u) "
+        "o = Tanh(d) }>"
+    )
+    model = text_model(
+        f"g (float[16, 16] x, float[8] h) => (float[8] y) {{ y = Loop (trips, , h) {body} }}",
+        **WEIGHTS,
+        trips=np.array(trips),
+    )
+    clean = with_shapes(model, tmp_path)
+    assert products(clean) == (2 - left, left)
+    assert_same(clean, model, {"x": normal(16, 16), "h": normal(8)})
+
+
+def test_what_a_loop_stacks_keeps_its_shape_where_none_runs(tmp_path: Path) -> None:
+    model = text_model(
+        "g (float[T, B, 16] x, int64 n) => (float[S, 3, 8] y) { yes = Constant <value = bool {1}> () "
+        "y = Loop (n, yes) <body = b (int64 i, bool go) => (bool more, float[3, 8] k) "
+        "{ more = Identity(go) e = Gather(x, i) k = MatMul(e, w) }> }",
+        **WEIGHTS,
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    found = cut(load_clean_at(tmp_path / "model.onnx", Layout.PORTABLE, tmp_path), Layout.PORTABLE)
+    assert products(found.clean) == (1, 0) and found.rewritten
+    assert_same(found.clean, model, *({"x": X, "n": np.array(count)} for count in (0, 3)))
+
+
+def test_what_may_fail_stays_in_a_loop_that_may_not_run(tmp_path: Path) -> None:
+    model = text_model(
+        "g (float[B, 8] h, int64 n, string[1] q) => (float[B, 8] y) { yes = Constant <value = bool {1}> () "
+        "y = Loop (n, yes, h) <body = b (int64 i, bool go, float[B, 8] s) => (bool more, float[B, 8] o) "
+        "{ more = Identity(go) t = Cast <to = 1> (q) o = Add(s, t) }> }"
+    )
+    clean = with_shapes(model, tmp_path)
+    assert_same(clean, model, {"h": normal(3, 8), "n": np.array(0), "q": np.array(["no number"], object)})
+
+
+def test_what_leaves_a_loop_leaves_the_one_around_it(tmp_path: Path) -> None:
+    model = text_model(
+        "g (float[3, 8] h, int64 n, int64[3, 8] q) => (float[3, 8] y) { yes = Constant <value = bool {1}> () "
+        "y = Loop (n, yes, h) <body = b (int64 i, bool go, float[3, 8] s) => (bool more, float[3, 8] o) "
+        "{ more = Identity(go) o = Loop (n, yes, s) <body = c (int64 j, bool on, float[3, 8] t) => "
+        "(bool again, float[3, 8] u) { again = Identity(on) f = Cast <to = 1> (q) u = Add(t, f) }> }> }"
+    )
+    clean = with_shapes(model, tmp_path)
+    assert [node.op_type for node in clean.graph] == ["Cast", "Loop"]
+    assert_same(clean, model, {"h": normal(3, 8), "n": np.array(2), "q": np.arange(24).reshape(3, 8)})
 
 
 HANDED_ON = (

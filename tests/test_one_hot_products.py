@@ -130,6 +130,30 @@ def test_weights_that_a_caller_may_replace_are_multiplied(tmp_path: Path) -> Non
     assert "MatMul" in op_types(with_shapes(model, tmp_path))
 
 
+def test_an_index_may_be_read_so_itself(tmp_path: Path) -> None:
+    model = text_model(
+        "g (int64[N] x) => (float[N, 8] y) { c = OneHot(x, depth, whole) q = MatMul(c, places) "
+        "e = Equal(q, numbers) f = Cast <to = 1> (e) y = MatMul(f, w) }",
+        **WEIGHTS,
+        places=np.array([[4], [2], [0], [1], [7]]),
+    )
+    clean = with_shapes(model, tmp_path)
+    assert "OneHot" not in op_types(clean)
+    assert_same_bits(clean, model, INDEX[:, 0])
+
+
+def test_results_keep_the_shape_that_the_model_states(tmp_path: Path) -> None:
+    model = text_model(f"g (int64[N, 1] x) => (float[3, 8] y) {{ {COMPARED} }}", **WEIGHTS)
+    clean = with_shapes(model, tmp_path)
+    assert "MatMul" not in op_types(clean)
+    assert clean.graph.outputs[0].shape == (3, 8)
+
+
+def test_a_table_of_nothing_stays(tmp_path: Path) -> None:
+    model = model_of(COMPARED, numbers=np.zeros(0, np.int64), w=np.zeros((0, 8), np.float32))
+    assert_same_bits(with_shapes(model, tmp_path), model, INDEX)
+
+
 def test_older_opsets_are_left_alone(tmp_path: Path) -> None:
     model = text_model(f"g (int64[N, 1] x) => (float[] y) {{ {COMPARED} }}", 11, **WEIGHTS)
     assert "MatMul" in op_types(with_shapes(model, tmp_path))

@@ -130,7 +130,7 @@ def test_the_summary_of_a_portable_model_says_where_another_layout_may_gain() ->
     ("made_for", "gains"), [("onnxruntime 1.32.0", "its layout"), (None, "other operators")]
 )
 def test_the_summary_of_a_model_that_gains_with_no_kernel(made_for: str | None, gains: str) -> None:
-    alone = dataclasses.replace(UNCHANGED, made_for=made_for, rewritten=True)
+    alone = dataclasses.replace(UNCHANGED, made_for=made_for, without_kernels=True)
     text = rendered(render_summary, alone)
     assert f"Wrote net.fused.onnx, which gains by {gains} alone; it has no library" in text
     assert "unchanged" not in text
