@@ -32,7 +32,10 @@ T = TypeVar("T")
 _ROOT = Path(__file__).resolve().parent.parent
 _ROW_SECONDS = 1800.0
 """A row that takes longer hangs."""
-_SPINNING_TURNS = 2
+_SPINNING_TURNS = 4
+"""Both threads of a process may share a core for seconds, and the one that spins takes half of it."""
+_SPINNING_SHARE = 0.5
+"""Of the seconds of a row, for each process that spins."""
 _PACKAGES = ("onnxruntime", "onnx", "numpy")
 
 
@@ -45,9 +48,9 @@ def measured(name: str, folder: Path, layout: str, *, seconds: float, threads: i
         else Row(name, real=False, core=entry.core, memory_bound=entry.memory_bound)
     )
     fused = folder / f"{name}.fused.onnx"
-    settings = ["--seconds", str(seconds), "--threads", str(threads)]
 
-    def row_of(mode: str, *arguments: str) -> dict[str, object]:
+    def row_of(mode: str, *arguments: str, share: float = 1.0) -> dict[str, object]:
+        settings = ["--seconds", str(share * seconds), "--threads", str(threads)]
         return child("benchmarks.row", [mode, name, *arguments, *settings], folder / f"{name}.json")
 
     try:
@@ -55,8 +58,8 @@ def measured(name: str, folder: Path, layout: str, *, seconds: float, threads: i
             row, comparison=comparison_from(row_of("compare", "--fused", str(fused), "--layout", layout))
         )
         for _ in range(_SPINNING_TURNS):  # in turn: the machine may be busy with others for one of them
-            unfused = _timing(row_of("spinning"))
-            fused_timing = _timing(row_of("spinning", "--fused", str(fused)))
+            unfused = _timing(row_of("spinning", share=_SPINNING_SHARE))
+            fused_timing = _timing(row_of("spinning", "--fused", str(fused), share=_SPINNING_SHARE))
             row = replace(
                 row,
                 spinning_unfused=_least(row.spinning_unfused, unfused),
