@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 _ATTRIBUTES = {"If": ("then_branch", "else_branch"), "Loop": ("body",), "Scan": ("body",)}
@@ -52,6 +53,16 @@ def make_names_unique(graph: ir.Graph) -> None:
             taken.add(name)
             if name != value.name:
                 value.name = name
+
+
+def add_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new weight of the graph; nothing else may have the name."""
+    tensor = ir.tensor(array)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
 
 
 class Names:

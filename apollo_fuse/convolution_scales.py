@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from apollo_fuse.bodies import Names, nodes
+from apollo_fuse.bodies import Names, add_weight, nodes
 from apollo_fuse.branches import Infer
 from apollo_fuse.graph import Value
 from apollo_fuse.symbolic import constant_in, known_in
@@ -120,14 +120,10 @@ class _Convolution:
     def write(self, graph: ir.Graph, names: Names) -> None:
         """Gives the node its new weights."""
         self.node.resize_inputs(3)
-        for place, array in ((1, self.weights), (2, self.bias)):
-            tensor = ir.tensor(np.ascontiguousarray(array, np.float32))
-            name = names.like(self.node.outputs[0], "weights" if place == 1 else "bias")
-            value = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            graph.register_initializer(value)
-            self.node.replace_input_with(place, value)
+        for place, ending, array in ((1, "weights", self.weights), (2, "bias", self.bias)):
+            name = names.like(self.node.outputs[0], ending)
+            written = np.ascontiguousarray(array, np.float32)
+            self.node.replace_input_with(place, add_weight(graph, name, written))
 
     def _change(self, weights: np.ndarray, bias: np.ndarray) -> bool:
         """Takes new weights, in doubles, unless some of them would be lost in their own type."""

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from apollo_fuse.bodies import Names, nodes
+from apollo_fuse.bodies import Names, add_weight, nodes
 from apollo_fuse.branches import Infer
 from apollo_fuse.dtypes import DType
 from apollo_fuse.graph import Value
@@ -150,10 +150,4 @@ class _Rewriting:
         return made
 
     def _constant(self, array: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(array)
-        name = self.names.like(self.product.outputs[0], "constant")
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self.graph.register_initializer(value)
-        return value
+        return add_weight(self.graph, self.names.like(self.product.outputs[0], "constant"), array)

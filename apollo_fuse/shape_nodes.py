@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from apollo_fuse.bodies import graphs, nodes
+from apollo_fuse.bodies import add_weight, graphs, nodes
 from apollo_fuse.branches import Infer, is_choice
 from apollo_fuse.graph import Value
 from apollo_fuse.index import Index
@@ -101,12 +101,7 @@ def _ask_once(graph: ir.Graph, known: Mapping[ir.Value, Value]) -> None:
 
 def _constant(graph: ir.Graph, like: ir.Value, array: np.ndarray) -> ir.Value:
     """A new weight in the place of a computed value."""
-    tensor = ir.tensor(array)
     name = f"{like.name}_known"
     while name in graph.initializers:
         name += "_"
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
+    return add_weight(graph, name, array)
