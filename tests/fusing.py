@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from apollo_fuse import onnx_io
+from apollo_fuse.bodies import nodes
 from apollo_fuse.driver import fuse
 from apollo_fuse.kernel import Kernel, Loop, LoopKind, walk
 from apollo_fuse.layout import Layout, cut, load_clean_at
@@ -21,6 +23,7 @@ from apollo_fuse.partition import Plan, plan
 from apollo_fuse.report import Report
 from apollo_fuse.running import run
 from apollo_fuse.symbolic import infer_shapes
+from apollo_fuse.tolerance import compare
 
 Array = np.ndarray
 
@@ -84,6 +87,19 @@ def kernels(model: onnx.ModelProto, folder: Path) -> list[Kernel]:
 
 def lane_loops(kernel: Kernel) -> list[Loop]:
     return [step for step in walk(kernel.body) if isinstance(step, Loop) and step.kind is LoopKind.LANE]
+
+
+def op_types(model: ir.Model) -> Counter[str]:
+    """Those of the nodes in the model and its bodies."""
+    return Counter(node.op_type for node in nodes(model.graph))
+
+
+def assert_agrees(clean: ir.Model, model: onnx.ModelProto, *cases: Mapping[str, Array]) -> None:
+    """Both give the same within the tolerances."""
+    expects, finds = (reference_session(m) for m in (model, ir.to_proto(clean)))
+    for case in cases:
+        for expected, found in zip(run(expects, case), run(finds, case), strict=True):
+            assert not compare("y", np.asarray(expected), np.asarray(found)).problem
 
 
 def assert_computes_as(clean: ir.Model, model: onnx.ModelProto, *inputs: Array) -> None:

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
 import apollo_fuse
-from apollo_fuse.bodies import nodes
 from apollo_fuse.layout import Layout, cut, load_clean_at
 from apollo_fuse.options import Options
-from apollo_fuse.running import run
 from apollo_fuse.tolerance import compare
-from tests.fusing import fuse_to_session, reference_session, with_shapes
+from tests.fusing import assert_agrees, fuse_to_session, op_types, with_shapes
 from tests.test_end_to_end import normal, text_model
 
 WEIGHTS = {
@@ -45,35 +42,23 @@ def model_of(body: str, **weights: np.ndarray) -> onnx.ModelProto:
     return text_model(f"g (float[N, 4, 8, 9] x) => (float[] y) {{ {body} }}", **(WEIGHTS | weights))
 
 
-def op_types(model: ir.Model) -> list[str]:
-    return sorted(node.op_type for node in nodes(model.graph))
-
-
-def assert_same(clean: ir.Model, model: onnx.ModelProto, x: np.ndarray = X) -> None:
-    expects, finds = (reference_session(m) for m in (model, ir.to_proto(clean)))
-    (expected,), (found,) = (run(session, {"x": x}) for session in (expects, finds))
-    assert not compare("y", np.asarray(expected), np.asarray(found)).problem
-
-
 FOLDED = {
     "a factor for all": "c = Conv(x, w, b) m = Mul(c, two) y = Tanh(m)",
     "a factor on the other side": "c = Conv(x, w, b) m = Mul(half, c) y = Tanh(m)",
     "a shift without a bias": "c = Conv(x, w) m = Add(c, two) y = Tanh(m)",
     "a factor and a shift for each channel": "c = Conv(x, w) m = Mul(six, c) a = Add(m, six) y = Tanh(a)",
-    "all four operators": "c = Conv(x, w, b) m = Mul(c, two) a = Sub(m, half) d = Div(a, six) e = Add(half, "
-    "d) y = Tanh(e)",
+    "all four operators": "c = Conv(x, w, b) m = Mul(c, two) a = Sub(m, half) d = Div(a, six) "
+    "e = Add(half, d) y = Tanh(e)",
     "a factor before": "t = Tanh(x) m = Mul(t, two) y = Conv(m, w, b)",
     "a factor before borders": "t = Tanh(x) m = Div(t, half) y = Conv <pads = [1, 1, 1, 1]> (m, w)",
     "a shift before": "t = Tanh(x) a = Sub(t, half) m = Mul(a, four) s = Add(m, four) y = Conv(s, w)",
     "a shift before a point": "t = Tanh(x) a = Add(t, four) y = Conv <auto_pad = \"VALID\"> (a, point, b)",
-    "scales before groups": "t = Tanh(x) m = Mul(t, four) a = Add(m, four) y = Conv <group = 2> (a, grouped, "
-    "b)",
-    "scales around each channel": "t = Tanh(x) m = Mul(t, four) a = Add(m, half) c = Conv <group = 4> (a, "
-    "deep) "
-    "e = Mul(c, four) y = Tanh(e)",
-    "scales between convolutions": "c = Conv <group = 4, pads = [1, 1, 1, 1]> (x, deep) m = Mul(c, two) a = "
-    "Add(m, half) "
-    "d = Conv <pads = [1, 1, 1, 1]> (a, w, b) y = Tanh(d)",
+    "scales before groups": "t = Tanh(x) m = Mul(t, four) a = Add(m, four) "
+    "y = Conv <group = 2> (a, grouped, b)",
+    "scales around each channel": "t = Tanh(x) m = Mul(t, four) a = Add(m, half) "
+    "c = Conv <group = 4> (a, deep) e = Mul(c, four) y = Tanh(e)",
+    "scales between convolutions": "c = Conv <group = 4, pads = [1, 1, 1, 1]> (x, deep) "
+    "m = Mul(c, two) a = Add(m, half) d = Conv <pads = [1, 1, 1, 1]> (a, w, b) y = Tanh(d)",
 }  # fmt: skip
 
 
@@ -82,15 +67,15 @@ def test_scales_are_folded(name: str, tmp_path: Path) -> None:
     model = model_of(FOLDED[name])
     clean = with_shapes(model, tmp_path)
     assert set(op_types(clean)) == {"Conv", "Tanh"}
-    assert_same(clean, model)
+    assert_agrees(clean, model, {"x": X})
 
 
 LEFT = {
     "what others read, too": "c = Conv(x, w, b) m = Mul(c, two) t = Tanh(c) y = Mul(m, t)",
     "what is returned": "y = Conv(x, w, b) z = Mul(y, two)",
     "a scaled result that is returned": "c = Conv(x, w, b) y = Mul(c, two)",
-    "the other way round": "c = Conv(x, w, b) m = Sub(half, c) t = Tanh(m) d = Conv(x, w) e = Div(half, d) y "
-    "= Add(t, e)",
+    "the other way round": "c = Conv(x, w, b) m = Sub(half, c) t = Tanh(m) d = Conv(x, w) "
+    "e = Div(half, d) y = Add(t, e)",
     "a factor of zero": "c = Conv(x, w, b) m = Mul(c, nothing) y = Tanh(m)",
     "a factor without end": "c = Conv(x, w, b) m = Mul(c, endless) y = Tanh(m)",
     "factors that make weights endless": "c = Conv(x, w, b) m = Mul(c, vast) y = Tanh(m)",
@@ -103,8 +88,8 @@ LEFT = {
     "what makes channels of one": "r = ReduceMax(x, one) m = Mul(r, four) y = Conv(m, w)",
     "what makes a rank": "r = ReduceMax <keepdims = 0> (x, none) m = Mul(r, four) y = Conv(m, w)",
     "a product of two tensors": "c = Conv(x, w, b) d = Conv(x, w) m = Mul(c, d) y = Tanh(m)",
-    "an operand that others read": "m = Mul(x, two) c = Conv(m, point) t = Tanh(m) r = ReduceMax(t) y = "
-    "Add(c, r)",
+    "an operand that others read": "m = Mul(x, two) c = Conv(m, point) t = Tanh(m) r = ReduceMax(t) "
+    "y = Add(c, r)",
 }  # fmt: skip
 
 
@@ -113,11 +98,12 @@ def test_other_constants_stay(name: str, tmp_path: Path) -> None:
     model = model_of(LEFT[name])
     if name == "what is returned":
         model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, None))
-    before = sum(node.op_type in ("Add", "Sub", "Mul", "Div") for node in model.graph.node)
+    scales = ("Add", "Sub", "Mul", "Div")
+    before = sum(node.op_type in scales for node in model.graph.node)
     clean = with_shapes(model, tmp_path)
-    assert sum(kind in ("Add", "Sub", "Mul", "Div") for kind in op_types(clean)) == before
+    assert sum(op_types(clean)[kind] for kind in scales) == before
     if name != "what is returned":
-        assert_same(clean, model)
+        assert_agrees(clean, model, {"x": X})
 
 
 @pytest.mark.parametrize("extents", [(9,), (4, 5, 6)])
@@ -133,7 +119,7 @@ def test_images_may_have_any_rank(extents: tuple[int, ...], tmp_path: Path) -> N
     )
     clean = with_shapes(model, tmp_path)
     assert set(op_types(clean)) == {"Conv", "Tanh"}
-    assert_same(clean, model, normal(2, 4, *extents))
+    assert_agrees(clean, model, {"x": normal(2, 4, *extents)})
 
 
 def test_weights_of_several_convolutions_are_copied(tmp_path: Path) -> None:
@@ -141,8 +127,8 @@ def test_weights_of_several_convolutions_are_copied(tmp_path: Path) -> None:
         "c = Conv(x, w, b) m = Mul(c, two) n = Neg(x) d = Conv(n, w, b) t = Tanh(d) y = Sub(t, m)"
     )
     clean = with_shapes(model, tmp_path)
-    assert op_types(clean) == ["Conv", "Conv", "Neg", "Sub", "Tanh"]
-    assert_same(clean, model)
+    assert op_types(clean) == {"Conv": 2, "Neg": 1, "Sub": 1, "Tanh": 1}
+    assert_agrees(clean, model, {"x": X})
 
 
 def test_weights_that_a_caller_may_replace_stay(tmp_path: Path) -> None:
@@ -174,7 +160,7 @@ def test_weights_of_old_models_are_inputs_too(tmp_path: Path) -> None:
     )
     model.ir_version = 3
     clean = with_shapes(model, tmp_path)
-    assert op_types(clean) == ["Conv", "Shape", "Tanh"]
+    assert op_types(clean) == {"Conv": 1, "Shape": 1, "Tanh": 1}
     assert op_types(cut(load_clean_at(tmp_path / "model.onnx", Layout.ORT, tmp_path), Layout.ORT).clean)
 
 
@@ -191,7 +177,7 @@ def test_a_branch_has_its_own_scales(cache: Path, tmp_path: Path) -> None:
         for name, (expected, found) in fused.run({"x": X, "q": np.array(condition)}).items():
             assert not compare(name, expected, found).problem
     clean = with_shapes(model, tmp_path)
-    assert op_types(clean).count("Mul") == 1
+    assert op_types(clean)["Mul"] == 1
 
 
 def scaled_net(blocks: int = 6) -> onnx.ModelProto:

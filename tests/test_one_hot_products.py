@@ -9,9 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from apollo_fuse.bodies import nodes
 from apollo_fuse.running import run
-from tests.fusing import fuse_to_session, reference_session, with_shapes
+from tests.fusing import fuse_to_session, op_types, reference_session, with_shapes
 from tests.test_end_to_end import normal, text_model
 
 TABLE = normal(5, 8)
@@ -32,10 +31,6 @@ INDEX = np.array([[0], [4], [-1], [5], [2], [1], [-5], [-6], [2**40]])
 
 def model_of(body: str, x: str = "int64[N, 1]", **weights: np.ndarray) -> onnx.ModelProto:
     return text_model(f"g ({x} x) => (float[] y) {{ {body} }}", **(WEIGHTS | weights))
-
-
-def op_types(model: ir.Model) -> set[str]:
-    return {node.op_type for node in nodes(model.graph)}
 
 
 def assert_same_bits(clean: ir.Model, model: onnx.ModelProto, x: np.ndarray) -> None:
@@ -63,7 +58,7 @@ def test_rows_are_read(name: str, tmp_path: Path) -> None:
     model = model_of(READ[name], last=np.array([-1]))
     clean = with_shapes(model, tmp_path)
     assert "Gather" in op_types(clean)
-    assert not {"MatMul", "Gemm", "OneHot", "Equal"} & op_types(clean)
+    assert not {"MatMul", "Gemm", "OneHot", "Equal"} & set(op_types(clean))
     assert_same_bits(clean, model, INDEX)
     assert_same_bits(clean, model, INDEX[:0])
 
@@ -90,7 +85,7 @@ def test_a_matrix_that_is_needed_besides_stays(tmp_path: Path) -> None:
         "e = Equal(x, numbers) c = Cast <to = 1> (e) m = MatMul(c, w) s = ReduceSum(c) y = Mul(m, s)"
     )
     clean = with_shapes(model, tmp_path)
-    assert {"Gather", "Equal"} <= op_types(clean) and "MatMul" not in op_types(clean)
+    assert {"Gather", "Equal"} <= set(op_types(clean)) and "MatMul" not in op_types(clean)
     assert_same_bits(clean, model, INDEX)
 
 
@@ -113,7 +108,7 @@ def test_other_products_stay(name: str, tmp_path: Path) -> None:
     extra = {"last": np.array([-1]), "wider": np.array([0, 0, 0, 2])}
     model = model_of(f"s = Squeeze(x, last) {body}", **weights, **extra)
     clean = with_shapes(model, tmp_path)
-    assert {"MatMul", "Gemm"} & op_types(clean)
+    assert {"MatMul", "Gemm"} & set(op_types(clean))
     assert_same_bits(clean, model, INDEX)
 
 

@@ -14,7 +14,7 @@ import pytest
 from apollo_fuse.bodies import nodes
 from apollo_fuse.layout import Layout, load_clean_at
 from apollo_fuse.running import run
-from tests.fusing import assert_computes_as, reference_session, with_shapes
+from tests.fusing import assert_computes_as, op_types, reference_session, with_shapes
 from tests.test_end_to_end import normal, text_model
 
 WEIGHTS = {
@@ -29,10 +29,6 @@ WEIGHTS = {
 
 def model_of(body: str, x: str = "N, T, 16", **weights: np.ndarray) -> onnx.ModelProto:
     return text_model(f"g (float[{x}] x) => (float[] y) {{ {body} }}", **WEIGHTS, **weights)
-
-
-def op_types(model: ir.Model) -> Counter[str]:
-    return Counter(node.op_type for node in nodes(model.graph))
 
 
 EXTENTS = """e{0} = Shape({0}) n{0} = Gather(e{0}, zero) t{0} = Gather(e{0}, one)"""
