@@ -22,6 +22,12 @@ def bodies(node: ir.Node) -> tuple[ir.Graph, ...]:
     return found if node.op_type != "Scan" or len(found[0].inputs) == len(node.inputs) else ()
 
 
+def of_scanned(scan: ir.Node, what: str) -> tuple[int, ...]:
+    """The `axes` or the `directions` of what a Scan reads in slices, 0 where it does not state them."""
+    count = scan.attributes["num_scan_inputs"].as_int()
+    return tuple(scan.attributes.get_ints(f"scan_input_{what}", (0,) * count))
+
+
 def graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     """The graph and the bodies in it, each before those that lie in it."""
     yield graph

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from apollo_fuse import onnx_io
-from apollo_fuse.bodies import bodies, graphs
+from apollo_fuse.bodies import bodies, graphs, of_scanned
 from apollo_fuse.errors import what_onnxruntime_says
 from apollo_fuse.measure import session_options
 from apollo_fuse.passes.extract_clusters import captured, operands
@@ -124,11 +124,8 @@ class _Run:
                 for value, start in zip(body.inputs[:2], (np.int64(0), np.True_), strict=True)
             ]
         if node.op_type == "Scan":
-            count = node.attributes["num_scan_inputs"].as_int()
-            axes, backwards = (
-                _integers(node, f"scan_input_{name}", count) for name in ("axes", "directions")
-            )
-            for place, axis, last in zip(range(-count, 0), axes, backwards, strict=True):
+            axes, backwards = (of_scanned(node, what) for what in ("axes", "directions"))
+            for place, axis, last in zip(range(-len(axes), 0), axes, backwards, strict=True):
                 starts[place] = np.asarray(np.take(np.asarray(starts[place]), -1 if last else 0, axis))
         return feeds | {v.name or "": s for v, s in zip(body.inputs, starts, strict=False)}
 
@@ -148,11 +145,6 @@ def _own(graph: ir.Graph) -> Iterable[str | None]:
 def _read(node: ir.Node, body: ir.Graph) -> set[ir.Value]:
     """What it takes to run a body of the node: what the body reads, and what its inputs come from."""
     return captured(body) | {value for value in node.inputs if value is not None and body.inputs}
-
-
-def _integers(node: ir.Node, name: str, count: int) -> tuple[int, ...]:
-    found = node.attributes.get(name)
-    return (0,) * count if found is None else tuple(found.as_ints())
 
 
 def _input(name: str, kind: ir.TypeProtocol | None, value: Captured) -> onnx.ValueInfoProto:

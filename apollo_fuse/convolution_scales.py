@@ -158,16 +158,13 @@ class _Convolution:
 
     @property
     def _groups(self) -> int:
-        given = self.node.attributes.get("group")
-        return 1 if given is None else given.as_int()
+        return self.node.attributes.get_int("group", 1)
 
     def _pads(self) -> bool:
         """Whether results at the border may see zeros that the shift does not reach."""
-        given = self.node.attributes.get("auto_pad")
-        if given is not None and given.as_string() not in ("NOTSET", "VALID"):
-            return True
-        pads = self.node.attributes.get("pads")
-        return pads is not None and any(pads.as_ints())
+        attributes = self.node.attributes
+        placed = attributes.get_string("auto_pad", "NOTSET")
+        return placed not in ("NOTSET", "VALID") or any(attributes.get_ints("pads", ()))
 
     def _ones(self, less: int) -> tuple[int, ...]:
         return (1,) * (self.weights.ndim - less)

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from apollo_fuse import onnx_io
 from apollo_fuse.blocked import DOMAIN, block_size
-from apollo_fuse.bodies import bodies, nodes
+from apollo_fuse.bodies import add_weight, bodies, nodes
 from apollo_fuse.branches import take_decided_branches
 from apollo_fuse.convolution_scales import fold_scales
 from apollo_fuse.graph import Refused
@@ -59,7 +59,7 @@ def load_clean_at(path: Path, layout: Layout, folder: Path) -> ir.Model:
     """The model at `path` behind the optimisations of this cut; otherwise as `onnx_io.load_clean`.
 
     What is rewritten in a portable model is so before all optimisations, too: behind them, operators and
-    weights are others.
+    weights are others. `cut` does so again there, where more types are known.
     """
     clean = onnx_io.load_clean(path, folder)
     if layout is Layout.PORTABLE:
@@ -134,9 +134,7 @@ def pin(model: ir.Model) -> None:
     model.metadata_props[METADATA] = made_for
     name = f"apollo_fuse: this model was made for {made_for}; fuse it again on this machine"
     shape = (1, block_size(), 1, 1)
-    zeros = ir.Value(name="apollo_fuse_block", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-    zeros.const_value = ir.tensor(np.zeros(shape, np.float32))
-    graph.register_initializer(zeros)
+    zeros = add_weight(graph, "apollo_fuse_block", np.zeros(shape, np.float32))
     # one channel of a block: a block of another size holds it in fewer channels, or in none
     attributes = {"channels": 1, "channels_last": 0}
     zero = ir.node("ReorderOutput", [zeros], attributes, domain=DOMAIN, name=name)

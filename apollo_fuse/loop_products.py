@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from apollo_fuse.bodies import Names, bodies, nodes
+from apollo_fuse.bodies import Names, bodies, nodes, of_scanned
 from apollo_fuse.branches import Infer
 from apollo_fuse.graph import Value
 from apollo_fuse.products import bias, is_product, is_transposed
@@ -82,10 +82,9 @@ class _Loop:
             return None
         data, place = node.inputs
         assert data is not None and place is not None
-        axis = node.attributes.get("axis")
         if not self._is_outside(data) or not self._moves_on(place):
             return None
-        return _Row(data, 0 if axis is None else axis.as_int(), place)
+        return _Row(data, node.attributes.get_int("axis", 0), place)
 
     def reads_few(self, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
         """Whether the loop is known to end long before the rows do."""
@@ -124,10 +123,9 @@ class _Loop:
 
     def _is_outside(self, value: ir.Value) -> bool:
         """Whether the value is there before the loop, or is a weight of the body that can be."""
-        producer = value.producer()
         if value.graph is not self.body:
             return True
-        return producer is None and value not in self.body.inputs and not value.is_graph_output()
+        return value.is_initializer() and not value.is_graph_input() and not value.is_graph_output()
 
     def _moved_out(self, value: ir.Value) -> ir.Value:
         """The value, which is moved out of the body if it is a weight there."""
@@ -239,15 +237,15 @@ class _Scan(_Loop):
         operand = self.node.inputs[place]
         if place in self.states or operand is None:
             return None
-        return _Row(operand, self._of_scanned("scan_input_axes")[place - len(self.states)], value)
+        return _Row(operand, of_scanned(self.node, "axes")[place - len(self.states)], value)
 
     def reads_few(self, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
         return False
 
     def read_row(self, made: ir.Value, like: _Row, names: Names) -> ir.Node:
         number = self.body.inputs.index(like.place) - len(self.states)
-        for name in ("scan_input_axes", "scan_input_directions"):
-            numbers = self._of_scanned(name)
+        for what in ("axes", "directions"):
+            numbers, name = of_scanned(self.node, what), f"scan_input_{what}"
             self.node.attributes[name] = ir.AttrInt64s(name, [*numbers, numbers[number]])
         self.node.attributes["num_scan_inputs"] = ir.AttrInt64("num_scan_inputs", self._scanned + 1)
         self.node.resize_inputs(len(self.node.inputs) + 1)
@@ -255,10 +253,6 @@ class _Scan(_Loop):
         row = ir.Value(name=names.like(made, "scanned"), type=made.type)
         self.body.inputs.append(row)
         return ir.node("Identity", [row])  # the row may be a result, which no input of a body can be
-
-    def _of_scanned(self, name: str) -> list[int]:
-        given = self.node.attributes.get(name)
-        return [0] * self._scanned if given is None else list(given.as_ints())
 
 
 def _loop(node: ir.Node) -> _Loop:

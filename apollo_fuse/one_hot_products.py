@@ -97,8 +97,7 @@ def _written(node: ir.Node, count: int) -> _OneHot | None:
     if node.op_type != "OneHot" or node.inputs[0] is None:
         return None
     depth, values = map(constant_in, node.inputs[1:])
-    axis = node.attributes.get("axis")
-    if depth is None or values is None or (axis is not None and axis.as_int() != -1):
+    if depth is None or values is None or node.attributes.get_int("axis", -1) != -1:
         return None
     if depth.ravel().tolist() != [count] or values.tolist() != [0, 1]:
         return None

@@ -88,8 +88,7 @@ def load_clean(
 
 def save_beside(model: ir.Model, folder: Path) -> Path:
     """Writes a clean model to the folder of its weights, or to a new one in `folder`; gives where."""
-    folders = {Path(tensor.base_dir) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
-    path = (folders.pop() if folders else Path(tempfile.mkdtemp(dir=folder))) / "rewritten.onnx"
+    path = (_folder_of_weights(model) or Path(tempfile.mkdtemp(dir=folder))) / "rewritten.onnx"
     ir.save(model, path)
     return path
 
@@ -110,11 +109,9 @@ def _keep_used_domains(model: ir.Model) -> None:
 
 def beside_weights(options: ort.SessionOptions, model: ir.Model) -> ort.SessionOptions:
     """The options, for a session of the model as bytes, with the folder that its weights lie in."""
-    for tensor in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor):
-            folder = str(tensor.base_dir)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-            break
+    folder = _folder_of_weights(model)
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return options
 
 
@@ -145,10 +142,15 @@ def _without_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def write(model: ir.Model, path: Path) -> None:
     """Puts a model at `path` in one step; otherwise as `onnx_files.write`."""
+    folder = _folder_of_weights(model) or Path()
+    onnx_files.write(ir.to_proto(model), lambda location: folder / location, path)
+
+
+def _folder_of_weights(model: ir.Model) -> Path | None:
+    """Where those weights lie that are in a file; None where none are."""
     folders = {Path(tensor.base_dir) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
     assert len(folders) <= 1, "all weights of a clean model lie in one file"
-    folder = next(iter(folders), Path())
-    onnx_files.write(ir.to_proto(model), lambda location: folder / location, path)
+    return next(iter(folders), None)
 
 
 def _tensors(model: ir.Model) -> Iterable[ir.TensorProtocol]:

@@ -17,8 +17,7 @@ def is_product(node: ir.Node) -> bool:
 
 def is_transposed(node: ir.Node) -> bool:
     """Whether a product reads its second operand's columns as rows."""
-    given = node.attributes.get("transB")
-    return given is not None and bool(given.as_int())
+    return bool(node.attributes.get_int("transB", 0))
 
 
 def bias(node: ir.Node) -> ir.Value | None:

@@ -22,9 +22,7 @@ MODEL_RUNS = 300  # at most, of each model in one measurement
 SMALL = 0.01  # share of a run's time that is not worth a measurement of the model
 LEAST_SECONDS = 0.25  # of readings, before the verdict can be clear
 HOPELESS = 1.05  # share of the unfused time from which a longer measurement is no use
-BOUND_WINS = (
-    0.95  # share of what else there is that a machine-bound model, or one without kernels, stays below
-)
+BOUND_WINS = 0.95  # share of a time that a model bound to a machine, or one with no kernel, stays below
 WHOLE_MODEL_WINS = 0.98  # share of the unfused time that a fused model has to stay below
 
 

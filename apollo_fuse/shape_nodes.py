@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from apollo_fuse.bodies import add_weight, graphs, nodes
+from apollo_fuse.bodies import Names, add_weight, graphs, nodes
 from apollo_fuse.branches import Infer, is_choice
 from apollo_fuse.graph import Value
 from apollo_fuse.index import Index
@@ -30,18 +30,18 @@ def remove_known_shapes(model: ir.Model, infer: Infer) -> None:
     copy = infer(model)
     if any(is_choice(node) and number_in(node.inputs[0]) is not None for node in nodes(copy.graph)):
         return  # one that is decided and was left hides a rank, and would not if onnxruntime decided it
-    known = known_in(model, copy)
+    known, names = known_in(model, copy), Names(model.graph)
     for graph in graphs(model.graph):
         for node in graph:
             if node.op_type == "Reshape" and not node.domain:
-                _state_target(graph, node, known)
+                _state_target(graph, node, known, names)
             elif node.op_type in _RECURRENT and not node.domain:
                 _start_from_nothing(node)
-        _ask_once(graph, known)
+        _ask_once(graph, known, names)
     RemoveUnusedNodesPass()(model)
 
 
-def _state_target(graph: ir.Graph, node: ir.Node, known: Mapping[ir.Value, Value]) -> None:
+def _state_target(graph: ir.Graph, node: ir.Node, known: Mapping[ir.Value, Value], names: Names) -> None:
     """Makes a constant of the target, where each extent is a number or the operand's in the same place.
 
     One that is neither may follow from the others, where these are no zeros.
@@ -57,7 +57,8 @@ def _state_target(graph: ir.Graph, node: ir.Node, known: Mapping[ir.Value, Value
     if stated.count(None) > 1 or (None in stated and 0 in stated):
         return
     numbers = [-1 if extent is None else extent for extent in stated]
-    node.replace_input_with(1, _constant(graph, target, np.array(numbers, np.int64)))
+    held = np.array(numbers, np.int64)
+    node.replace_input_with(1, add_weight(graph, names.like(target, "known"), held))
 
 
 def _extent(element: Index | None, same: Index | None) -> int | None:
@@ -78,7 +79,7 @@ def _start_from_nothing(node: ir.Node) -> None:
                 node.replace_input_with(place, None)
 
 
-def _ask_once(graph: ir.Graph, known: Mapping[ir.Value, Value]) -> None:
+def _ask_once(graph: ir.Graph, known: Mapping[ir.Value, Value], names: Names) -> None:
     """Lets users of equal extents read the first that are computed, or constants where they are known."""
     first: dict[object, ir.Value] = {}
     for node in list(graph):
@@ -92,16 +93,8 @@ def _ask_once(graph: ir.Graph, known: Mapping[ir.Value, Value]) -> None:
                 continue
             if len(numbers) == len(elements):
                 array = np.array(numbers, own.dtype.numpy).reshape(len(own.shape) * (-1,))
-                earlier = _constant(graph, value, array)
+                earlier = add_weight(graph, names.like(value, "known"), array)
             else:
                 earlier = first.setdefault((own.dtype, own.shape, own.elements), value)
             if earlier is not value:
                 ir.convenience.replace_all_uses_with(value, earlier)
-
-
-def _constant(graph: ir.Graph, like: ir.Value, array: np.ndarray) -> ir.Value:
-    """A new weight in the place of a computed value."""
-    name = f"{like.name}_known"
-    while name in graph.initializers:
-        name += "_"
-    return add_weight(graph, name, array)

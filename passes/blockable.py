@@ -17,6 +17,7 @@ from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Apply, Constant, Load
 from apollo_fuse.graph import Operator, Primitive, Refused, Shape, Value
 from apollo_fuse.index import ONE
+from apollo_fuse.symbolic import constant_in
 
 # With 0 in what fills a block up these give a finite number there, which zero weights take away again.
 _FINITE_AT_ZERO = frozenset({
@@ -208,8 +209,7 @@ def _is_pointwise_node(node: ir.Node) -> bool:
 
 def reorders(node: ir.Node, op_type: str) -> bool:
     """Whether the node reorders from or to rows of a channel; there are forms for channels last too."""
-    last = node.attributes.get("channels_last")
-    return node.domain == DOMAIN and node.op_type == op_type and (last is None or not last.as_int())
+    return node.domain == DOMAIN and node.op_type == op_type and not node.attributes.get_int("channels_last")
 
 
 def pool(node: ir.Node) -> str | None:
@@ -268,10 +268,8 @@ def upsampling(node: ir.Node) -> list[int]:
 
 def _numbers(value: ir.Value | None) -> list[float] | None:
     """What a weight of one axis holds."""
-    if value is None or not is_weight(value) or value.const_value is None:
-        return None
-    numbers: list[float] = value.const_value.numpy().reshape(-1).tolist()
-    return numbers
+    held = constant_in(value)
+    return None if held is None else held.reshape(-1).tolist()
 
 
 def is_weight(value: ir.Value) -> bool:

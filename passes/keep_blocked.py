@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from apollo_fuse.blocked import DOMAIN, whole_blocks
+from apollo_fuse.bodies import add_weight
 from apollo_fuse.graph import Operator, Refused, Value
 from apollo_fuse.passes.blockable import (
     Blockable,
@@ -231,15 +232,7 @@ class _Rewriting:
         rows.shape, rows.type, rows.name = value.shape, value.type, name
 
     def _constant(self, array: np.ndarray, name: str | None) -> ir.Value:
-        tensor = ir.tensor(array)
-        value = ir.Value(
-            name=self._name(name),
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self.graph.register_initializer(value)
-        return value
+        return add_weight(self.graph, self._name(name), array)
 
     def _insert(
         self,
