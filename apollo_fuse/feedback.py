@@ -85,7 +85,11 @@ def _named(refused: Refused, micro_graph: MicroGraph) -> Refused:
 
 
 def _cuts(micro_graph: MicroGraph) -> frozenset[tuple[int, int]]:
-    """Edges to cut after a refusal: behind the last reduction, else at what moves data, else halfway."""
+    """Edges to cut after a refusal: behind the last reduction, else at what moves data, else halfway.
+
+    Of many that one operator reads, as where a pool is written as slices, half are cut at once: a hundred of
+    them would take a hundred rounds one by one.
+    """
     makers = {v.name: o for o in micro_graph.operators for v in o.outputs}
     edges = [
         (makers[v.name], user) for user in micro_graph.operators for v in user.inputs if v.name in makers
@@ -93,8 +97,10 @@ def _cuts(micro_graph: MicroGraph) -> frozenset[tuple[int, int]]:
     for pattern in (Pattern.REDUCTION, Pattern.INJECTIVE, Pattern.BROADCAST):
         behind = [(a, b) for a, b in edges if a.pattern is pattern]
         if behind:
-            last = max(a.position for a, _ in behind)
-            return frozenset((a.position, b.position) for a, b in behind if a.position == last)
+            last, reader = max((a.position, b.position) for a, b in behind)
+            beside = sorted({a.position for a, b in behind if b.position == reader})
+            parted = {last, *beside[-(len(beside) // 2) :]} if len(beside) > 1 else {last}
+            return frozenset((a.position, b.position) for a, b in behind if a.position in parted)
         before = [(a, b) for a, b in edges if b.pattern is pattern]
         if before:
             last = max(b.position for _, b in before)

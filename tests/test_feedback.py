@@ -59,6 +59,21 @@ def test_isl_that_runs_out_of_operations_sends_its_micro_graph_back(tmp_path: Pa
     assert not whole.feedback_rounds and whole.distinct_kernels == 2
 
 
+def test_many_reductions_that_one_operator_reads_are_parted_in_few_rounds(tmp_path: Path) -> None:
+    slices = [
+        f"b{i} = Constant <value_ints = [{i}]> () e{i} = Constant <value_ints = [{i + 3}]> () "
+        f"s{i} = Slice (x, b{i}, e{i}, k) r{i} = ReduceMean (s{i}, k)"
+        for i in range(40)
+    ]
+    pooled = ", ".join(f"r{i}" for i in range(40))
+    text = f"""g (float[N, 64] x) => (float[N, 40] y) {{
+      k = Constant <value_ints = [-1]> () {" ".join(slices)} y = Concat <axis = -1> ({pooled})
+    }}"""
+    report = fused(text, tmp_path, Options(isl_max_operations=10_000, measure=False))
+    assert 2 <= len(report.feedback_rounds) <= 6
+    assert report.verification.passed
+
+
 def many_live_values(count: int) -> onnx.ModelProto:
     """A chain whose values are all needed again once their sum is complete."""
     made = [f"c{i} = Add(x, w{i}) e{i} = Sqrt(c{i})" for i in range(count)]
