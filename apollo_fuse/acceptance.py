@@ -230,7 +230,7 @@ class Region:
             model = self._extracted()
             copies = dict(zip(nodes, model.graph, strict=True))
             for part in swaps:
-                swap(model, relocated(part.part, copies), part.name)
+                swap(model, relocated(part.part, copies), part.name, part.micro_graph.outputs)
             model.graph.sort()
             return _session(model, threads, library if swaps else None)
 

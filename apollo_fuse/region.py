@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from apollo_fuse.graph import MicroGraph
+from apollo_fuse.graph import MicroGraph, Value
 
 DOMAIN = "apollo_fuse"
 _INLINED_BYTES = 4096  # greatest constant that is copied into a function body
@@ -179,8 +179,13 @@ def region_inputs(nodes: Sequence[ir.Node]) -> list[ir.Value]:
     return list(found)
 
 
-def swap(model: ir.Model, part: Interface, name: str) -> None:
-    """Replaces the nodes, in whichever graph they lie, by one fused node, and attaches its function."""
+def swap(model: ir.Model, part: Interface, name: str, made: Sequence[Value]) -> None:
+    """Replaces the nodes, in whichever graph they lie, by one fused node, and attaches its function.
+
+    made: what the outputs are. Where extents are open the library cannot tell onnxruntime what it makes when
+        the model is loaded, and without their rank that takes the sizes of a Resize for none. In bodies it is
+        not told: what a Loop stacks has other extents where no iteration runs if they are known.
+    """
     key = (DOMAIN, name, "")
     if key not in model.functions:
         model.functions[key] = function(part, name, model.opset_imports)
@@ -188,8 +193,11 @@ def swap(model: ir.Model, part: Interface, name: str) -> None:
     assert isinstance(graph, ir.Graph), "the nodes lie in a graph"
     fused = ir.Node(DOMAIN, name, list(part.inputs), num_outputs=len(part.outputs), name=part.nodes[-1].name)
     graph.insert_after(part.nodes[-1], fused)
-    for old, new in zip(part.outputs, fused.outputs, strict=True):
+    for old, new, tensor in zip(part.outputs, fused.outputs, made, strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape
+        if new.shape is None and graph is model.graph:  # without symbols: they are no names of the model's
+            new.type = ir.TensorType(ir.DataType(tensor.dtype.onnx))
+            new.shape = ir.Shape([extent.constant for extent in tensor.shape])
         old.name = f"{old.name}_unfused"
         for node, place in tuple(old.uses()):
             node.replace_input_with(place, new)

@@ -100,7 +100,7 @@ class Trial:
         positions = dict(enumerate(nodes(model.graph)))
         for candidate in chosen:
             copies = {o.node: positions[o.position] for o in candidate.micro_graph.operators}
-            swap(model, relocated(candidate.part, copies), candidate.name)
+            swap(model, relocated(candidate.part, copies), candidate.name, candidate.micro_graph.outputs)
         pin(model)
         model.graph.sort()
         return model

@@ -200,6 +200,23 @@ def test_shapes_stay_known(fuse: Callable[..., Report]) -> None:
                 assert known[name].elem_type and known[name].HasField("shape"), name
 
 
+def test_a_fused_result_can_be_what_another_is_resized_to(fuse: Callable[..., Report]) -> None:
+    """Onnxruntime wants to know of how many axes, when it loads the model."""
+    model = text_model(
+        """g (float[N, 8, H, W] x, float[N, 8, h, w] z) => (float[N, 8, H, W] y) {
+          a = HardSigmoid(x) b = Mul(a, x) s = Shape(b)
+          y = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric"> (z, none, none, s)
+        }""",
+        none=np.zeros(0, np.float32),
+    )
+    report = fuse(model, shapes=shapes_of({"x": (2, 8, 12, 6), "z": (2, 8, 4, 3)}))
+    fused = onnx.load(report.output)
+    (kernel,) = (node for node in fused.graph.node if node.domain == "apollo_fuse")
+    (stated,) = (value for value in fused.graph.value_info if value.name == kernel.output[0])
+    assert [dim.dim_value for dim in stated.type.tensor_type.shape.dim] == [0, 8, 0, 0]
+    assert_equivalent(report, {"x": normal(1, 8, 10, 4), "z": normal(1, 8, 5, 4)})
+
+
 def test_one_kernel_serves_every_batch_and_sequence(fuse: Callable[..., Report]) -> None:
     model = networks.bert_layer(hidden=48, heads=4)
     report = fuse(model, shapes=shapes_of({"hidden_states": (2, 10, 48)}))
