@@ -241,6 +241,6 @@ def times(value: float | None) -> str:
 
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table, its first column to the left and the others to the right."""
+    """A markdown table, the first column to the left and the others to the right; nothing without rows."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if len(lines) > 2 else ""
