@@ -77,6 +77,13 @@ class _Inference:
             return None
         return [self.dimensions.element(dim) for dim in found]
 
+    def extents_in(self, place: int) -> Elements | None:
+        """What an operand holds that gives a shape: where that is not known, of how many axes it speaks."""
+        value = self.node.inputs[place] if self.has(place) else None
+        shape = None if value is None else self.dimensions.shape(value.shape)
+        length = shape[0].constant if shape is not None and len(shape) == 1 else None
+        return self.elements(place) or (None if length is None else [None] * length)
+
     def integers(self, place: int) -> list[int] | None:
         value = self.node.inputs[place] if self.has(place) else None
         if value is None:
@@ -183,8 +190,10 @@ def _not(at: _Inference) -> None:
 
 @_after(("Expand", 8))
 def _expand(at: _Inference) -> None:
-    shape, target = at.shape(0), at.elements(1)
-    if shape is not None and target is not None and at.result.shape is not None:
+    shape, target = at.shape(0), at.extents_in(1)
+    if shape is not None and target is not None:
+        if at.result.shape is None:
+            at.give_shape([None] * max(len(shape), len(target)))
         # an element that is not known may be 1, and then the operand's extent is the result's
         new = [
             e if e is not None else Index.of(Symbol(str(at.context.new_symbolic_dim().value))) for e in target
@@ -222,6 +231,19 @@ def _slice(at: _Inference) -> None:
         at.give_shape([None if axis in taken else extent for axis, extent in enumerate(shape)])
     else:
         at.give_shape([None] * len(shape))
+
+
+@registry.register("", "Slice", since_version=1)  # type: ignore[untyped-decorator]
+def _slice_by_attributes(context: ShapeInferenceContext, node: ir.Node) -> None:
+    """The package knows none of those before opset 10."""
+    at = _Inference(context, node, Dimensions.of(node.graph))
+    shape, x = at.shape(0), node.inputs[0]
+    context.set_shape_and_dtype(at.result, None, None if x is None else x.dtype)
+    starts, ends = ([Index.of(n) for n in node.attributes[name].as_ints()] for name in ("starts", "ends"))
+    axes = node.attributes.get("axes")
+    bounds = shape and slice_bounds(shape, starts, ends, None if axes is None else axes.as_ints(), None)
+    if bounds:
+        at.give_shape([extent for _, extent, _ in bounds])
 
 
 def slice_bounds(
@@ -304,9 +326,17 @@ def _range(at: _Inference) -> None:
 
 @_after(("ConstantOfShape", 9))
 def _constant_of_shape(at: _Inference) -> None:
-    shape = at.elements(0)
+    shape = at.extents_in(0)
     if at.result.shape is None and shape is not None:
         at.give_shape(shape)
+
+
+@_after(("Tile", 6))
+def _tile(at: _Inference) -> None:
+    shape, repeats = at.shape(0), at.elements(1)
+    if at.result.shape is None and shape is not None:
+        times = repeats if repeats is not None and len(repeats) == len(shape) else [None] * len(shape)
+        at.give_shape([None if n is None else extent * n for extent, n in zip(shape, times, strict=True)])
 
 
 @_after(("Pad", 11))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -311,6 +312,43 @@ def test_a_squeeze_without_axes_leaves_the_rank_open(tmp_path: Path) -> None:
     graph = Graph("squeeze")
     graph.output(graph.op("Squeeze", graph.op("Exp", graph.input("x", ["n", 1, "m"]))), "out", None)  # type: ignore[arg-type]
     assert shapes_of(graph.model(), tmp_path)["out"] == "?"
+
+
+@pytest.mark.parametrize(
+    ("operator", "inferred", "sizes"),
+    [("Tile", "[^,]+, [^,]+", [(1, 2), (3, 1)]), ("Expand", "[^,]+, 4", [(3, 1), (1, 4)])],
+)
+def test_the_rank_is_known_where_extents_are_not(
+    operator: str, inferred: str, sizes: list[tuple[int, int]], tmp_path: Path, cache: Path
+) -> None:
+    """The model asks for it, as exporters do of what they scatter to, and adds up an axis of that."""
+    graph = Graph("rank")
+    x, size = (
+        graph.input("x", [1 if operator == "Expand" else "n", 4]),
+        graph.input("size", [2], onnx.TensorProto.INT64),
+    )
+    large = graph.op(operator, x, size)
+    base = graph.op("ConstantOfShape", graph.op("Shape", large))
+    rank = graph.op("Size", graph.op("Shape", base))
+    total = graph.op("Add", graph.op("Exp", large), graph.op("Cast", rank, to=onnx.TensorProto.FLOAT))
+    graph.output(graph.op("Mul", total, large), "out", ["k", "l"])
+    model = graph.model()
+    assert re.fullmatch(inferred, shapes_of(model, tmp_path)["out"])
+    feeds = [{"x": feed(1, 4)["x"], "size": np.array(one, np.int64)} for one in sizes]
+    fused = fuse_to_session(model, tmp_path, cache, given=feeds[0])
+    assert not {"Size", "Cast", "ConstantOfShape"} & {*fused.unfused_nodes}
+    for one in feeds:
+        ((expected, found),) = fused.run(one).values()
+        assert expected.shape == found.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_slice_says_its_bounds_in_attributes(tmp_path: Path) -> None:
+    """As those of the first opsets do."""
+    text = """<ir_version: 4, opset_import: ["": 9]> g (float[N, 8, M] x) => (float[a, b, c] out) {
+      y = Slice <starts = [1, 0], ends = [-2, 2147483647], axes = [1, 2]> (x) out = Exp (y)
+    }"""
+    assert shapes_of(onnx.parser.parse_model(text), tmp_path)["out"] == "s0, 5, s1"
 
 
 def test_arithmetic_on_shapes_is_folded(tmp_path: Path) -> None:
