@@ -4,7 +4,9 @@ Exporters write recurrent networks as a Loop or a Scan whose iteration reads a r
 it by weights, and so reads all weights for one row. The rows are there before the loop starts: one product of
 all of them reads the weights once, and an iteration reads a row of the result. What an iteration makes of its
 own state stays inside, but weights are read from outside of the loop instead of being handed on by each
-iteration: onnxruntime then knows them, and packs them beforehand.
+iteration: onnxruntime then knows them, and packs them beforehand. And what each iteration computes anew of
+the same tensors (the keys that a decoder attends to) is computed once, where it cannot fail: a loop may run
+no iteration.
 """
 
 from __future__ import annotations
@@ -17,15 +19,20 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from apollo_fuse.bodies import Names, bodies, nodes, of_scanned
 from apollo_fuse.branches import Infer
-from apollo_fuse.graph import Value
+from apollo_fuse.graph import Shape, Value
+from apollo_fuse.index import Index
 from apollo_fuse.products import bias, is_product, is_transposed
 from apollo_fuse.symbolic import constant_in, known_in
 
 _MOST_GROWTH = 32
 """How many times as large as the rows their product may be, since it lies in memory as a whole."""
 _SAME_NUMBER = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-_MOVED = frozenset({"Cast", "Identity", "Transpose"})
-"""Operators that leave a loop if what they read is outside: of numbers, which they cannot fail on."""
+_NEVER_FAIL = frozenset({"Cast", "Identity", "Transpose"})
+"""Of numbers."""
+_POINTWISE = frozenset(
+    {"Abs", "Add", "Div", "Erf", "Exp", "Mul", "Neg", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Tanh"}
+)
+"""Never fail on floats whose shapes fit."""
 _MOST_UNREAD = 8
 """How many rows for each that is read may be multiplied: a product of many takes less time for each."""
 
@@ -37,9 +44,10 @@ def take_out_of_loops(model: ir.Model, infer: Infer) -> bool:
     if not loops:
         return False
     names = Names(model.graph)
-    changed = any([loop.read_outside(names) for loop in loops])
-    if any(map(_Loop.has_products, loops)):
+    changed = any([loop.read_outside() for loop in loops])
+    if any(map(_Loop.may_give, loops)):
         known = known_in(model, infer(model))
+        changed |= any([loop.take_same_out(known, names) for loop in loops])
         changed |= any([loop.take_products_out(known, names) for loop in loops])
     if changed:
         RemoveUnusedNodesPass()(model)
@@ -98,11 +106,8 @@ class _Loop:
 
     # -- what stays the same ------------------------------------------------------------------------
 
-    def read_outside(self, names: Names) -> bool:
-        """Lets the body read from outside what iterations only hand on, and moves what is made of that.
-
-        Gives whether there was any.
-        """
+    def read_outside(self) -> bool:
+        """Lets the body read from outside what iterations only hand on; gives whether there was any."""
         results, changed = self.results, False
         for place in self.states:
             state, operand = self.body.inputs[place], self.node.inputs[place]
@@ -110,11 +115,33 @@ class _Loop:
                 for user, number in state.uses():
                     user.replace_input_with(number, operand)
                     changed = True
+        return changed
+
+    def may_give(self) -> bool:
+        """Whether there is something in the body that may leave it, as far as one can tell without shapes."""
+        return any(is_product(node) or self._is_same(node) for node in self.body)
+
+    def _is_same(self, node: ir.Node) -> bool:
+        """Whether each iteration computes the same here, and the loop alone needs it."""
+        operands = [x for x in node.inputs if x is not None]
+        known = node.op_type in _NEVER_FAIL | _POINTWISE or is_product(node)
+        made = node.outputs[0]
+        return (
+            known
+            and not node.domain
+            and not made.is_graph_output()
+            and not all(x.graph is self.body for x in operands)  # made of the body's own weights alone
+            and all(map(self._is_outside, operands))
+        )
+
+    def take_same_out(self, known: Mapping[ir.Value, Value], names: Names) -> bool:
+        """Computes before the loop what is the same in all iterations; gives whether there was any."""
+        changed = False
         for node in list(self.body):
-            operand = node.inputs[0] if node.op_type in _MOVED and not node.domain else None
-            if operand is None or node.outputs[0].is_graph_output() or operand.graph is self.body:
-                continue
-            if self._is_outside(operand) and operand.dtype not in (None, ir.DataType.STRING):
+            if self._is_same(node) and _cannot_fail(node, known):
+                for place, operand in enumerate(node.inputs):
+                    if operand is not None:
+                        node.replace_input_with(place, self._moved_out(operand))
                 self.body.remove(node)
                 node.name = names.like(node.outputs[0], "outside")  # another loop's may have the same
                 self.around.insert_before(self.node, node)
@@ -135,9 +162,6 @@ class _Loop:
         return value
 
     # -- products -----------------------------------------------------------------------------------
-
-    def has_products(self) -> bool:
-        return any(map(is_product, self.body))
 
     def take_products_out(self, known: Mapping[ir.Value, Value], names: Names) -> bool:
         """Gives whether there were any; `known` may lack tensors that this makes."""
@@ -267,11 +291,41 @@ def _original(value: ir.Value) -> ir.Value:
     return value
 
 
-def _is_one_of_rows(node: ir.Node, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
-    """Whether all rows can be multiplied at once: by a matrix that leaves their axis alone, none too wide."""
-    assert node.inputs[1] is not None
-    rank, extents = len(known[row.of].shape), [x.constant for x in known[node.inputs[1]].shape]
-    if len(extents) != 2 or rank < 2 or row.axis % rank == rank - 1:
+def _cannot_fail(node: ir.Node, known: Mapping[ir.Value, Value]) -> bool:
+    """Whether what the node reads fits together, and it makes about as much as it reads."""
+    operands = [x for x in node.inputs if x is not None]
+    if node.op_type in _NEVER_FAIL:
+        return operands[0] in known or operands[0].dtype not in (None, ir.DataType.STRING)
+    if any(x not in known for x in (*operands, node.outputs[0])):
+        return False
+    shapes, made = [known[x].shape for x in operands], known[node.outputs[0]]
+    if node.op_type in _POINTWISE:
+        return made.dtype.is_float and made.shape in shapes and all(_fits(x, made.shape) for x in shapes)
+    first, second, *added = shapes
+    if not first or not _is_matrix(node, second) or (node.op_type == "Gemm" and len(first) != 2):
+        return False
+    return first[-1] == second[1 if is_transposed(node) else 0] and all(_fits(x, made.shape) for x in added)
+
+
+def _is_matrix(node: ir.Node, weights: Shape) -> bool:
+    """Whether a product is by a matrix that makes rows none too wide of them."""
+    extents = [x.constant for x in weights]
+    if len(extents) != 2:
         return False
     summed, kept = reversed(extents) if is_transposed(node) else extents
     return summed is not None and kept is not None and kept <= _MOST_GROWTH * summed
+
+
+def _fits(shape: Shape, made: Shape) -> bool:
+    """Whether a tensor is broadcast to a shape."""
+    return len(shape) <= len(made) and all(
+        own in (extent, Index.of(1))
+        for own, extent in zip(shape, made[len(made) - len(shape) :], strict=True)
+    )
+
+
+def _is_one_of_rows(node: ir.Node, row: _Row, known: Mapping[ir.Value, Value]) -> bool:
+    """Whether all rows can be multiplied at once: by a matrix that leaves their axis alone, none too wide."""
+    assert node.inputs[1] is not None
+    rank = len(known[row.of].shape)
+    return rank > 1 and row.axis % rank != rank - 1 and _is_matrix(node, known[node.inputs[1]].shape)

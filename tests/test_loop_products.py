@@ -174,6 +174,50 @@ def test_products_of_many_rows_of_which_few_are_read_stay(trips: int, left: int,
     assert_agrees(clean, model, {"x": normal(16, 16), "h": normal(8)})
 
 
+SAME = {
+    "a product": "m = MatMul(x, w)",
+    "all that is made of one": "j = MatMul(x, w) a = Add(j, b) t = Tanh(a) "
+    "q = Transpose <perm = [1, 0, 2]> (t) m = Transpose <perm = [1, 0, 2]> (q)",
+    "a product of the body's weights": "c = Constant <value = float[16, 1] "
+    f"{{{', '.join(map(str, range(16)))}}}> () m = MatMul(x, c)",
+    "a product of two axes": "j = MatMul(h, r) m = Gemm <transB = 1> (j, square, b)",
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_each_iteration_would_compute_anew_is_computed_once(name: str, tmp_path: Path) -> None:
+    read = "f = Identity(m) l = Gather(x, i) e = ReduceMax(l, ones)" if "two" in name else "e = Gather(m, i)"
+    model = loop(f"{SAME[name]} {read} p = Add(e, {'f' if 'two' in name else 'b'})")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(normal(8, 8), "square"))
+    clean = with_shapes(model, tmp_path)
+    assert products(clean)[1] == 1
+    assert "Transpose" not in inside(clean) and inside(clean).count("Tanh") == 1
+    assert_agrees(clean, model, *(feeds(count) for count in (0, 1, 5)))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "m = MatMul(x, other)",  # whether it has 16 rows is not known
+        "m = Add(x, row)",
+        "m = MatMul(thin, narrow)",
+        "c = Div(count, by) t = Cast <to = 1> (c) m = Mul(x, t)",
+    ],
+)
+def test_what_might_fail_or_take_much_memory_is_computed_where_it_was(made: str, tmp_path: Path) -> None:
+    model = loop(f"{made} q = Gather(m, i) e = ReduceMax(q, ones) p = Add(e, b)")
+    for name, kind, shape in (
+        *(("other", 1, ["K", 8]), ("row", 1, ["L"]), ("thin", 1, ["T", "B", 1])),
+        *(("count", 7, []), ("by", 7, [])),
+    ):
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    clean = with_shapes(model, tmp_path)
+    assert [node.op_type for node in clean.graph if node.op_type in ("MatMul", "Add", "Div")] == []
+    unfit = {"other": normal(3, 8), "row": normal(7), "thin": normal(5, 3, 1)}
+    unfit |= {"count": np.array(3), "by": np.array(0)}
+    assert_agrees(clean, model, feeds(0) | unfit)
+
+
 def test_what_a_loop_stacks_keeps_its_shape_where_none_runs(tmp_path: Path) -> None:
     model = text_model(
         "g (float[T, B, 16] x, int64 n) => (float[S, 3, 8] y) { yes = Constant <value = bool {1}> () "
