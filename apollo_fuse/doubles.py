@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from apollo_fuse import blocked
 from apollo_fuse.dtypes import DType
 from apollo_fuse.errors import ApolloFuseError
 from apollo_fuse.tolerance import Array, Doubles
@@ -56,6 +57,31 @@ class QuantizeLinear(OpRun):
         return (np.clip(moved, *kind.integer_range).astype(kind.numpy),)
 
 
+class GlobalAveragePool(OpRun):
+    """That of blocks (`blocked.py`), where the evaluator knows no operator; its own is for rows."""
+
+    op_domain = blocked.DOMAIN
+
+    def _run(self, x: Doubles) -> tuple[Doubles]:
+        samples, channels, height, width = x.shape
+        block = blocked.block_size()
+        blocks = x.reshape(samples, channels // block, height * width, block)
+        return (blocks.mean(axis=2).reshape(samples, channels, 1, 1),)
+
+
+class ReorderOutput(OpRun):
+    """As above: from blocks to rows, less what fills the last one up."""
+
+    op_domain = blocked.DOMAIN
+
+    def _run(self, x: Doubles, channels: int, channels_last: int = 0) -> tuple[Doubles]:
+        samples, filled, height, width = x.shape
+        block = blocked.block_size()
+        blocks = x.reshape(samples, filled // block, height, width, block)
+        rows = np.moveaxis(blocks, 4, 2).reshape(x.shape)[:, :channels]
+        return (np.moveaxis(rows, 1, 3) if channels_last else rows,)
+
+
 def _along(parameter: Doubles, x: Array, attributes: Mapping[str, int]) -> Doubles:
     """Scales or zero points as they are broadcast: one, or one for each element of an axis."""
     if attributes.get("block_size"):
@@ -65,6 +91,9 @@ def _along(parameter: Doubles, x: Array, attributes: Mapping[str, int]) -> Doubl
     shape = [1] * x.ndim
     shape[attributes.get("axis", 1)] = -1
     return parameter.reshape(shape)
+
+
+_NEW = [Erf, DequantizeLinear, QuantizeLinear, GlobalAveragePool, ReorderOutput]
 
 
 def in_doubles(model: ir.Model, feeds: Mapping[str, Array]) -> list[Doubles]:
@@ -80,9 +109,7 @@ def in_doubles(model: ir.Model, feeds: Mapping[str, Array]) -> list[Doubles]:
     wide = {name: array.astype(np.float64) if _is_narrow(array) else array for name, array in feeds.items()}
     try:
         with np.errstate(all="ignore"):
-            evaluator = ReferenceEvaluator(
-                ir.to_proto(model), new_ops=[Erf, DequantizeLinear, QuantizeLinear]
-            )
+            evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=_NEW)
             outputs = [np.asarray(array) for array in evaluator.run(None, wide)]
     except Exception as error:  # the evaluator raises whatever numpy does, and classes of its own
         raise NotInDoublesError(f"onnx's reference evaluator does not run it: {error}") from error

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from apollo_fuse import blocked
 from apollo_fuse.blocked import DOMAIN, block_size, whole_blocks
 from apollo_fuse.codegen.c import emit
+from apollo_fuse.doubles import in_doubles
 from apollo_fuse.operators import blocks
 from apollo_fuse.passes.build_scop import BuildScop
 from apollo_fuse.scop import Scop
-from tests.fusing import Array, fuse_to_session
+from tests.fusing import Array, fuse_to_session, reference_session
 from tests.interpreted import Kernels, candidates_of
 from tests.interpreter import Interpreter
 from tests.test_operators import Case, Dims, Table, check, check_reduced, fused, shapes, sized, values
@@ -293,3 +295,24 @@ def test_blocks_of_any_size(
     mixed = np.pad(mixed, [(0, 0), (0, filled - channels), (0, 0), (0, 0)])
     in_blocks = mixed.reshape(2, filled // size, size, *IMAGE).transpose(0, 1, 3, 4, 2)
     np.testing.assert_array_equal(found[1], in_blocks.reshape(2, filled, *IMAGE))
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_blocks_are_pooled_and_put_into_rows_in_doubles(last: int) -> None:
+    """What judges between a kernel and onnxruntime, which adds up all of an image in single precision."""
+    filled, channels = whole_blocks(11, block_size()), 11
+    rows = np.random.default_rng(0).uniform(0.5, 1, (2, filled, *IMAGE)).astype(np.float32)
+    blocks = np.moveaxis(rows.reshape(2, -1, block_size(), *IMAGE), 2, 4).reshape(rows.shape)
+    net = Net([2, filled, *IMAGE])
+    pooled = net.op("GlobalAveragePool", "x", domain=DOMAIN)
+    attributes = {"channels": channels, "channels_last": last}
+    model = net.model(
+        net.op("ReorderOutput", pooled, domain=DOMAIN, **attributes),
+        net.op("ReorderOutput", "x", domain=DOMAIN, **attributes),
+    )
+    found = in_doubles(ir.from_proto(model), {"x": np.ascontiguousarray(blocks)})
+    image = rows[:, :channels].astype(np.float64)
+    for result, expected in zip(found, (image.mean((2, 3), keepdims=True), image), strict=True):
+        np.testing.assert_allclose(result, np.moveaxis(expected, 1, 3) if last else expected, rtol=1e-14)
+    for result, own in zip(reference_session(model).run(None, {"x": blocks}), found, strict=True):
+        np.testing.assert_allclose(result, own, rtol=1e-5)
