@@ -7,6 +7,8 @@ choice is left out, and the lanes run along memory.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator as Generator
 from dataclasses import dataclass, replace
 
@@ -26,6 +28,7 @@ from apollo_fuse.kernel import (
 from apollo_fuse.passes.simplify import decided
 
 _FEWEST = 4  # lanes between the borders that are worth loops of their own, where their number is known
+_MOST_TURNS = 8  # of loops inside on whose iterators a choice depends
 _OPEN = 1 << 16  # what an open extent counts for: more than tiles hold, so that the middle lies in one
 _EARLY = 64  # of how many parts of such a loop the first one is left out
 
@@ -82,21 +85,25 @@ def _between(loop: Loop) -> _Between | None:
     while (choice := _choice(body, lane, inside)) is not None:
         decided = True
         body = tuple(substituted(step, {choice.atom: choice.taken}) for step in body)
-        if choice.factor > 0:
-            first = maximum(first, -(choice.rest // choice.factor))
-        else:
-            last = minimum(last, choice.rest // -choice.factor + 1)
+        for rest in choice.rests:
+            if choice.factor > 0:
+                first = maximum(first, -(rest // choice.factor))
+            else:
+                last = minimum(last, rest // -choice.factor + 1)
     return _Between(first, last, body) if decided else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """`taken` is the greater of the atom's two for the lanes where ``factor*lane + rest`` is not negative."""
+    """`taken` is the greater of the atom's two for the lanes where no ``factor*lane + rest`` is negative.
+
+    rests: of each turn of the loops inside, where these count.
+    """
 
     atom: Maximum
     taken: Index
     factor: int
-    rest: Index
+    rests: tuple[Index, ...]
 
 
 def _choice(body: tuple[Step, ...], lane: Iterator, inside: frozenset[Iterator]) -> _Choice | None:
@@ -114,12 +121,24 @@ def _decided(atom: Maximum, lane: Iterator, inside: frozenset[Iterator]) -> _Cho
     known = None if factor is None else factor.constant
     if not known or any(isinstance(a, Maximum | Indirect) for a in difference.atoms()):
         return None
-    rest = difference - Index.of(lane) * known
-    if rest.iterators() & inside:
+    rests = _in_turns(difference - Index.of(lane) * known, inside)
+    if not rests:
         return None
     if _middle(difference) < 0:
-        return _Choice(atom, atom.right, -known, -rest)
-    return _Choice(atom, atom.left, known, rest)
+        return _Choice(atom, atom.right, -known, tuple(-rest for rest in rests))
+    return _Choice(atom, atom.left, known, rests)
+
+
+def _in_turns(rest: Index, inside: frozenset[Iterator]) -> tuple[Index, ...]:
+    """What it is in each turn of the loops inside; nothing where there are too many."""
+    turning = [iterator for iterator in inside if iterator in rest.iterators()]
+    counts = [iterator.extent.constant for iterator in turning]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts) or math.prod(known) > _MOST_TURNS:
+        return ()
+    turns = itertools.product(*map(range, known))
+    values = (zip(turning, map(Index.of, turn), strict=True) for turn in turns)
+    return tuple(dict.fromkeys(rest.substitute(dict(turn)) for turn in values))
 
 
 def _middle(index: Index) -> int:

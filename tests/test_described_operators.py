@@ -21,6 +21,7 @@ def every_table() -> Iterator[Table]:
     yield floats.movement("float32")
     yield floats.windows("float32")
     yield floats.resizes("float32")
+    yield floats.linear([3, 4, 12, 24])
     yield floats.quantisation("float32", "int8")
     yield floats.padding("float32")
     yield floats.places("float32")

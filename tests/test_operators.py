@@ -430,11 +430,13 @@ def test_powers_of_mixed_types(base: str, exponent: str, tmp_path: Path, cache: 
         check(model, {"x": np.abs(x) + np.array(1, base), "y": np.abs(y)})
 
 
-def test_upsampling_of_old_opsets(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("mode", ("nearest", "linear"))
+def test_upsampling_of_old_opsets(mode: str, tmp_path: Path, cache: Path) -> None:
     constants = {"s": np.array([1, 1, 2, 3], np.float32)}
-    table = Table({"x": ("float32", ["n", 2, 3, 5])}, [Case("Upsample", "x s")], constants, opset=9)
+    cases = [Case("Upsample", "x s", {"mode": mode})]
+    table = Table({"x": ("float32", ["n", 2, 3, 5])}, cases, constants, opset=9)
     model = fused(table, tmp_path, cache, {"x": (2, 2, 3, 5)})
-    check(model, {"x": values("float32", (3, 2, 3, 5))}, exact=True)
+    check(model, {"x": values("float32", (3, 2, 3, 5))}, exact=mode == "nearest")
 
 
 def test_logic(tmp_path: Path, cache: Path) -> None:
@@ -795,6 +797,58 @@ def test_nearest_resizes_of_open_extents(tmp_path: Path, cache: Path) -> None:
     model = fused(table, tmp_path, cache, {"x": (2, 4, 3, 5)})
     for extents in ({"n": 1, "h": 1, "w": 1}, {"n": 2, "h": 7, "w": 40}):
         check(model, sized(table, extents), exact=True)
+
+
+LINEAR = [
+    Case("Resize", f"x - {scales}", {"mode": "linear", "coordinate_transformation_mode": how})
+    for scales in ("twice", "fourfold", "thrice", "half", "third", "half_more", "between")
+    for how in ("asymmetric", "half_pixel", "pytorch_half_pixel")
+]
+
+
+def linear(extents: Dims) -> Table:
+    numbers = {
+        **{"twice": [2, 2], "fourfold": [4, 4], "thrice": [3, 3], "half": [0.5, 0.5], "third": [1 / 3, 2]},
+        **{"half_more": [1.5, 0.5], "between": [0.75, 2]},
+    }
+    scales = {name: np.array([1, 1, *own], np.float32) for name, own in numbers.items()}
+    sizes = ints(sizes=[3, 4, 24, 36])
+    beside = [Case("Resize", "x - - sizes", {"mode": "linear"})] if extents[0] == 3 else []
+    return Table({"x": ("float32", extents)}, [*LINEAR, *beside], scales | sizes)
+
+
+def test_linear_resizes(tmp_path: Path, cache: Path) -> None:
+    """Where the distances to neighbours repeat after at most four places."""
+    model = fused(linear([3, 4, 12, 24]), tmp_path, cache)
+    check(model, sized(linear([3, 4, 12, 24]), {}))
+
+
+@pytest.mark.parametrize(
+    ("scales", "more", "reason"),
+    [
+        ([1, 1, 2.5, 2], {}, "mode linear from 12 to 30"),
+        ([1, 1, 2, 2], {"coordinate_transformation_mode": "align_corners"}, "mode linear from 12 to 24"),
+        ([1, 1, 2, 1], {}, "mode linear of other axes than the last two"),
+        ([1, 1, 2, 2], {"mode": "cubic"}, "mode cubic of float"),
+    ],
+)
+def test_other_resizes_are_left(
+    scales: list[float], more: Mapping[str, str], reason: str, tmp_path: Path, cache: Path
+) -> None:
+    case = Case("Resize", "x - scales", {"mode": "linear", **more})
+    table = Table({"x": ("float32", [1, 2, 12, 12])}, [case], {"scales": np.array(scales, np.float32)})
+    result = fuse_to_session(table.model(), tmp_path, cache)
+    assert "Resize" in result.unfused_nodes
+    assert [r.evidence for r in result.report.refused if r.nodes == ("case0",)] == [reason]
+
+
+def test_linear_resizes_of_open_extents(tmp_path: Path, cache: Path) -> None:
+    cases = [case for case in LINEAR if case.reads.split()[-1] in ("twice", "fourfold", "thrice")]
+    cases = [case for case in cases if "pytorch" not in case.label]
+    table = Table({"x": ("float32", ["n", 4, "h", "w"])}, cases, linear([1]).constants)
+    model = fused(table, tmp_path, cache, {"x": (2, 4, 3, 5)})
+    for extents in ({"n": 1, "h": 1, "w": 1}, {"n": 2, "h": 7, "w": 40}, {"n": 2, "h": 2, "w": 3}):
+        check(model, sized(table, extents))
 
 
 @pytest.mark.parametrize("how", ("asymmetric", "half_pixel"))

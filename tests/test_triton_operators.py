@@ -21,6 +21,8 @@ from tests.test_operators import (  # noqa: F401  collected here again
     test_functions_of_one_integer,
     test_functions_of_two_floats,
     test_functions_of_two_integers,
+    test_linear_resizes,
+    test_linear_resizes_of_open_extents,
     test_logic,
     test_maxima_pass_nan_on_from_any_place,
     test_movement,

@@ -1,26 +1,33 @@
-"""Resize and Upsample in their nearest mode: an access map with a quotient for each axis."""
+"""Resize and Upsample: an access map with a quotient for each axis, and weights between two neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 
-from apollo_fuse.graph import Shape
-from apollo_fuse.index import Index, clamped
+from apollo_fuse.dtypes import DType
+from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import operator
 
 _SAMPLED = 1024  # results along an open axis that a formula is compared on
 
+_MOST_PHASES = 4
+"""Places of a result between which distances to the operand's elements differ."""
+
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+_Places = TypeVar("_Places", Tensor, Floats)
+"""Along an axis: as numbers, or as what a kernel computes of them."""
 
 
 @operator("Upsample")
 def upsample(o: Opener) -> Tensor:
     scales = o.constant(1) if o.has(1) else np.array(o.node.attributes["scales"].as_floats(), np.float32)
-    return _nearest(o, o.output_shape(), scales.reshape(-1).tolist(), "asymmetric", "floor")
+    return _resized(o, scales.reshape(-1).tolist(), "asymmetric", "floor")
 
 
 @operator("Resize")
@@ -34,7 +41,7 @@ def resize(o: Opener) -> Tensor:
     scales = _scales(o, 1 if old else 2)
     how = "asymmetric" if old else o.text("coordinate_transformation_mode", "half_pixel")
     rounding = "floor" if old else o.text("nearest_mode", "round_prefer_floor")
-    return _nearest(o, o.output_shape(), scales, how, rounding)
+    return _resized(o, scales, how, rounding)
 
 
 def _scales(o: Opener, place: int) -> list[float] | None:
@@ -48,51 +55,125 @@ def _scales(o: Opener, place: int) -> list[float] | None:
     return [chosen.get(axis, 1.0) for axis in range(rank)]
 
 
-def _nearest(o: Opener, shape: Shape, scales: Sequence[float] | None, how: str, rounding: str) -> Tensor:
-    x = o.tensor(0)
-    if o.text("mode", "nearest") != "nearest":
-        raise Unsupported(f"mode {o.text('mode', 'nearest')}")
-    maps = [
-        _map(extent, result, None if scales is None else scales[axis], how, rounding)
-        for axis, (extent, result) in enumerate(zip(x.shape, shape, strict=True))
-    ]
-    return x.view(shape, lambda at: tuple(place(i) for place, i in zip(maps, at, strict=True)))
+def _resized(o: Opener, scales: Sequence[float] | None, how: str, rounding: str) -> Tensor:
+    x, shape, mode = o.tensor(0), o.output_shape(), o.text("mode", "nearest")
+    axes: list[_Axis] = []
+    for place, (extent, result) in enumerate(zip(x.shape, shape, strict=True)):
+        scale = None if scales is None else scales[place]
+        if result != extent or scale not in (None, 1.0):
+            axes.append(_Axis(place, extent, result, *_slope(extent, result, scale, how), how))
+    match mode:
+        case "nearest":
+            maps = {axis.place: _map(axis, rounding) for axis in axes}
+            return x.view(shape, lambda at: tuple(maps[n](i) if n in maps else i for n, i in enumerate(at)))
+        case "linear" if x.dtype is DType.FLOAT32:  # the one type of these that onnxruntime computes with
+            rank = len(shape)
+            if rank not in (2, 4) or [axis.place for axis in axes] != [rank - 2, rank - 1]:
+                # of others onnxruntime reads neighbours too, which may be infinite, and weighs them by 0
+                raise Unsupported("mode linear of other axes than the last two")
+            for axis in axes:
+                x = _between(x, axis)
+            return x
+        case _:
+            raise Unsupported(f"mode {mode} of {x.dtype.value}")
 
 
-def _map(
-    extent: Index, result: Index, scale: float | None, how: str, rounding: str
-) -> Callable[[Index], Index]:
-    """The element of the operand's axis for each one of the result's: ``(p*i + b) // q``, clamped.
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """An axis that is resized; `slope` is how far apart in the operand neighbours in the result lie, about.
 
-    `b` is whichever gives what onnxruntime computes in single precision, for every place of the axis, or
-    for a sample of them where its extent is open.
+    scale: as onnxruntime has it, in single precision.
     """
-    if result == extent and scale in (None, 1.0):
-        return lambda i: i
+
+    place: int
+    extent: Index
+    result: Index
+    slope: Fraction
+    scale: float
+    how: str
+
+    @property
+    def lengths(self) -> tuple[int, int] | tuple[None, None]:
+        """Both extents, where both are known."""
+        before, after = self.extent.constant, self.result.constant
+        return (None, None) if before is None or after is None else (before, after)
+
+
+def _slope(extent: Index, result: Index, scale: float | None, how: str) -> tuple[Fraction, float]:
     before, after = extent.constant, result.constant
     ratio = _ratio(extent, result)
     if how == "align_corners" and before is not None and after is not None and after > 1:
-        slope = Fraction(before - 1, after - 1)
-        scale = after / before if scale is None else scale
-    elif scale is not None:
-        slope = 1 / Fraction(scale).limit_denominator(64)
-    elif ratio is not None:
-        slope, scale = ratio, float(1 / ratio)
-    else:
-        raise Unsupported(f"a resize of the open extent {extent} to {result}")
+        return Fraction(before - 1, after - 1), after / before if scale is None else scale
+    if scale is not None:
+        return 1 / Fraction(scale).limit_denominator(64), scale
+    if ratio is not None:
+        return ratio, float(1 / ratio)
+    raise Unsupported(f"a resize of the open extent {extent} to {result}")
+
+
+def _map(axis: _Axis, rounding: str) -> Callable[[Index], Index]:
+    """The element of the operand's axis for each one of the result's: ``(p*i + b) // q``, clamped."""
+    p, q = axis.slope.numerator, axis.slope.denominator
+    offset = _offset(axis, rounding)
+    return lambda i: clamped((i * p + offset) // q, axis.extent)
+
+
+def _offset(axis: _Axis, rounding: str) -> int:
+    """The `b` of ``(p*i + b) // q``.
+
+    It is whichever gives what onnxruntime computes in single precision, for every place of the axis, or
+    for a sample of them where its extent is open.
+    """
+    before, after = axis.extent.constant, axis.result.constant
     count = _SAMPLED if after is None else after
-    last = int(count * slope) if before is None else before - 1
-    length, resized = (None, None) if before is None or after is None else (before, after)
-    wanted = _rounded(
-        _origin(np.arange(count, dtype=np.float32), np.float32(scale), how, length, resized), rounding
-    )
-    wanted = np.clip(wanted, 0, last)
-    p, q = slope.numerator, slope.denominator
+    last = int(count * axis.slope) if before is None else before - 1
     places = np.arange(count, dtype=np.int64)
+    origin = _origin(places.astype(np.float32), axis.scale, axis.how, *axis.lengths)
+    wanted = np.clip(_rounded(origin, rounding), 0, last)
+    p, q = axis.slope.numerator, axis.slope.denominator
     for b in range(-q, p + q + 1):
         if np.array_equal(np.clip((p * places + b) // q, 0, last), wanted):
-            return lambda i: clamped((i * p + b) // q, extent)
-    raise Unsupported(f"no quotient gives the places of mode {how} and {rounding} at scale {scale:g}")
+            return b
+    raise Unsupported(
+        f"no quotient gives the places of mode {axis.how} and {rounding} at scale {axis.scale:g}"
+    )
+
+
+def _between(x: Tensor, axis: _Axis) -> Tensor:
+    """Each place of the result lies between two neighbours, and takes of both by its distance.
+
+    How far it is from them repeats after `q` places.
+    """
+    o, place, last = x.opener, axis.place, axis.extent - 1
+    p, q = axis.slope.numerator, axis.slope.denominator
+    if q > _MOST_PHASES or axis.result.exact_quotient(Index.of(q)) is None:
+        raise Unsupported(f"mode linear from {axis.extent} to {axis.result}")
+    offset = _offset(axis, "floor")
+    shape = (*x.shape[:place], axis.result, *x.shape[place + 1 :])
+    along = (axis.result, *[ONE] * (len(shape) - place - 1))
+
+    def phase(i: Index) -> Index:
+        return i - i // q * q
+
+    def step(i: Index) -> Index:
+        return (phase(i) * p + offset) // q
+
+    def below(i: Index) -> Index:
+        return i // q * p + step(i)
+
+    def neighbour(index: Callable[[Index], Index]) -> Tensor:
+        return x.view(shape, lambda at: (*at[:place], index(at[place]), *at[place + 1 :]))
+
+    first = o.computed(along, lambda at: below(at[0]) + 1).equal(0)  # before the axis begins
+    end = o.computed(along, lambda at: below(at[0]) - last).equal(0)
+    # at powers of two, distances are the same in each run of places in single precision, too
+    repeats = p & (p - 1) == q & (q - 1) == 0
+    at = o.computed(along, lambda at: phase(at[0]) if repeats else at[0]).cast(x.dtype)
+    lower = o.computed(along, lambda at: step(at[0]) if repeats else below(at[0])).cast(x.dtype)
+    distance = _origin(at, axis.scale, axis.how, *axis.lengths) - lower
+    upper = first.select(0.0, end.select(0.5, distance))  # as onnxruntime weighs what is infinite there
+    lower_part = neighbour(lambda i: clamped(below(i), axis.extent)) * (1 - upper)
+    return lower_part + neighbour(lambda i: minimum(maximum(below(i), ZERO) + 1, last)) * upper
 
 
 def _ratio(extent: Index, result: Index) -> Fraction | None:
@@ -106,22 +187,23 @@ def _ratio(extent: Index, result: Index) -> Fraction | None:
     return None
 
 
-def _origin(at: Floats, scale: np.float32, how: str, length: int | None, resized: int | None) -> Floats:
-    """The place in the operand that a place of the result comes from."""
-    half = np.float32(0.5)
+def _origin(at: _Places, scale: float, how: str, length: int | None, resized: int | None) -> _Places:
+    """The place in the operand that a place of the result comes from, in single precision."""
     match how:
         case "asymmetric":
-            return at / scale
+            return _quotient(at, scale)
         case "half_pixel":
-            return (at + half) / scale - half
+            return _quotient(at + 0.5, scale) - 0.5
         case "pytorch_half_pixel" if resized is not None:
-            return (at + half) / scale - half if resized > 1 else np.zeros_like(at)
+            return _quotient(at + 0.5, scale) - 0.5 if resized > 1 else at * 0
         case "align_corners" if length is not None and resized is not None:
-            return (
-                np.zeros_like(at) if resized == 1 else at * np.float32(length - 1) / np.float32(resized - 1)
-            )
+            return at * 0 if resized == 1 else _quotient(at * (length - 1), resized - 1)
         case _:
             raise Unsupported(f"coordinates by {how}")
+
+
+def _quotient(at: _Places, divisor: float) -> _Places:
+    return at.quotient(divisor) if isinstance(at, Tensor) else at / np.float32(divisor)
 
 
 def _rounded(places: Floats, rounding: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
