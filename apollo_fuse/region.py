@@ -195,7 +195,8 @@ def swap(model: ir.Model, part: Interface, name: str, made: Sequence[Value]) -> 
     graph.insert_after(part.nodes[-1], fused)
     for old, new, tensor in zip(part.outputs, fused.outputs, made, strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape
-        if new.shape is None and graph is model.graph:  # without symbols: they are no names of the model's
+        if new.shape is None and graph is model.graph and not old.is_graph_output():
+            # without symbols, which are no names of the model's
             new.type = ir.TensorType(ir.DataType(tensor.dtype.onnx))
             new.shape = ir.Shape([extent.constant for extent in tensor.shape])
         old.name = f"{old.name}_unfused"

@@ -167,7 +167,7 @@ def _between(x: Tensor, axis: _Axis) -> Tensor:
     first = o.computed(along, lambda at: below(at[0]) + 1).equal(0)  # before the axis begins
     end = o.computed(along, lambda at: below(at[0]) - last).equal(0)
     # at powers of two, distances are the same in each run of places in single precision, too
-    repeats = p & (p - 1) == q & (q - 1) == 0
+    repeats = p & (p - 1) == q & (q - 1) == 0 and axis.slope * Fraction(axis.scale) == 1
     at = o.computed(along, lambda at: phase(at[0]) if repeats else at[0]).cast(x.dtype)
     lower = o.computed(along, lambda at: step(at[0]) if repeats else below(at[0])).cast(x.dtype)
     distance = _origin(at, axis.scale, axis.how, *axis.lengths) - lower
