@@ -34,7 +34,15 @@ from apollo_fuse.region import extract, region_inputs, relocated, swap
 from apollo_fuse.stitching import Swap
 from apollo_fuse.tolerance import Array, Doubles
 from apollo_fuse.unfused import Ran, ran
-from apollo_fuse.verify import NOTHING, Verdict, coarsest, edge_case, failed, verify
+from apollo_fuse.verify import (
+    NOTHING,
+    OriginalFailsError,
+    Verdict,
+    coarsest,
+    edge_case,
+    failed,
+    verify,
+)
 
 _CONTEXT = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
 _NAN_VARIES = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "LRN"})
@@ -144,7 +152,10 @@ def judge(
         return Judgement(verdict, None, None, f"does not load: {verdict.problem}")
     feeds = alone.feeds(arrays)
     precision = coarsest([candidate.micro_graph])
-    verdict = verify(alone.unfused, alone.fused, [feeds], precision, alone.in_doubles)
+    try:
+        verdict = verify(alone.unfused, alone.fused, [feeds], precision, alone.in_doubles)
+    except OriginalFailsError as error:  # in a branch that never runs, what does not fit is no error
+        return Judgement(NOTHING, None, None, f"onnxruntime does not run what it replaces: {error}")
     if not verdict.passed:
         return Judgement(verdict, None, None, f"does not verify: {verdict.problem}")
     sparse = candidate.micro_graph.pattern >= Pattern.REDUCTION

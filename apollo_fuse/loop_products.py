@@ -20,19 +20,19 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from apollo_fuse.bodies import Names, bodies, nodes, of_scanned
 from apollo_fuse.branches import Infer
 from apollo_fuse.graph import Shape, Value
-from apollo_fuse.index import Index
 from apollo_fuse.products import bias, is_product, is_transposed
 from apollo_fuse.symbolic import constant_in, known_in
 
 _MOST_GROWTH = 32
 """How many times as large as the rows their product may be, since it lies in memory as a whole."""
 _SAME_NUMBER = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-_NEVER_FAIL = frozenset({"Cast", "Identity", "Transpose"})
+_NEVER_FAIL = frozenset({"Cast", "Identity"})
 """Of numbers."""
 _POINTWISE = frozenset(
     {"Abs", "Add", "Div", "Erf", "Exp", "Mul", "Neg", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Tanh"}
 )
 """Never fail on floats whose shapes fit."""
+_ONCE = _NEVER_FAIL | _POINTWISE | {"Transpose"}
 _MOST_UNREAD = 8
 """How many rows for each that is read may be multiplied: a product of many takes less time for each."""
 
@@ -124,7 +124,7 @@ class _Loop:
     def _is_same(self, node: ir.Node) -> bool:
         """Whether each iteration computes the same here, and the loop alone needs it."""
         operands = [x for x in node.inputs if x is not None]
-        known = node.op_type in _NEVER_FAIL | _POINTWISE or is_product(node)
+        known = node.op_type in _ONCE or is_product(node)
         made = node.outputs[0]
         return (
             known
@@ -299,12 +299,25 @@ def _cannot_fail(node: ir.Node, known: Mapping[ir.Value, Value]) -> bool:
     if any(x not in known for x in (*operands, node.outputs[0])):
         return False
     shapes, made = [known[x].shape for x in operands], known[node.outputs[0]]
+    if node.op_type == "Transpose":
+        axes = range(len(shapes[0]))
+        return sorted(node.attributes.get_ints("perm", axes)) == [*axes]
     if node.op_type in _POINTWISE:
-        return made.dtype.is_float and made.shape in shapes and all(_fits(x, made.shape) for x in shapes)
+        whole = next((x for x, shape in zip(operands, shapes, strict=True) if shape == made.shape), None)
+        others = (shape for x, shape in zip(operands, shapes, strict=True) if x is not whole)
+        return whole is not None and made.dtype.is_float and all(_fits(x, made.shape) for x in others)
     first, second, *added = shapes
     if not first or not _is_matrix(node, second) or (node.op_type == "Gemm" and len(first) != 2):
         return False
     return first[-1] == second[1 if is_transposed(node) else 0] and all(_fits(x, made.shape) for x in added)
+
+
+def _fits(shape: Shape, made: Shape) -> bool:
+    """Whether a tensor is broadcast to a shape, by numbers: extents of one name may differ in a run."""
+    return len(shape) <= len(made) and all(
+        own.is_one or (own == extent and own.constant is not None)
+        for own, extent in zip(shape, made[len(made) - len(shape) :], strict=True)
+    )
 
 
 def _is_matrix(node: ir.Node, weights: Shape) -> bool:
@@ -314,14 +327,6 @@ def _is_matrix(node: ir.Node, weights: Shape) -> bool:
         return False
     summed, kept = reversed(extents) if is_transposed(node) else extents
     return summed is not None and kept is not None and kept <= _MOST_GROWTH * summed
-
-
-def _fits(shape: Shape, made: Shape) -> bool:
-    """Whether a tensor is broadcast to a shape."""
-    return len(shape) <= len(made) and all(
-        own in (extent, Index.of(1))
-        for own, extent in zip(shape, made[len(made) - len(shape) :], strict=True)
-    )
 
 
 def _is_one_of_rows(node: ir.Node, row: _Row, known: Mapping[ir.Value, Value]) -> bool:

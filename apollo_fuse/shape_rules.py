@@ -16,10 +16,12 @@ from onnx_shape_inference import ShapeInferenceContext, registry
 from apollo_fuse.dimensions import Dimensions, broadcast_extent, implied_equal, wide_extents
 from apollo_fuse.extents import greatest, quotient, sliced, substituted
 from apollo_fuse.graph import Shape
-from apollo_fuse.index import Index, Symbol, product
+from apollo_fuse.index import Atom, Index, Quotient, Symbol, product
 from apollo_fuse.shape_arithmetic import ELEMENTWISE, Elements, aligned, decided
 
 _BEYOND_ANY_AXIS = 2**29
+_LARGEST_DIVISOR = 64
+"""Of extents, by which an image gets smaller: scales above are taken for no fractions."""
 _Rule = Callable[[ShapeInferenceContext, ir.Node], None]
 
 registry.collect()
@@ -78,11 +80,15 @@ class _Inference:
         return [self.dimensions.element(dim) for dim in found]
 
     def extents_in(self, place: int) -> Elements | None:
-        """What an operand holds that gives a shape: where that is not known, of how many axes it speaks."""
+        """What an operand holds that gives a shape: where that is not known, of how many axes it speaks.
+
+        In bodies that is left open: what a Loop stacks has a rank that onnxruntime knows, where none runs.
+        """
         value = self.node.inputs[place] if self.has(place) else None
         shape = None if value is None else self.dimensions.shape(value.shape)
         length = shape[0].constant if shape is not None and len(shape) == 1 else None
-        return self.elements(place) or (None if length is None else [None] * length)
+        known = self.elements(place)
+        return [None] * length if known is None and length is not None and self.always_runs else known
 
     def integers(self, place: int) -> list[int] | None:
         value = self.node.inputs[place] if self.has(place) else None
@@ -233,6 +239,20 @@ def _slice(at: _Inference) -> None:
         at.give_shape([None] * len(shape))
 
 
+@_after(("Resize", 10), ("Upsample", 1))
+def _resize(at: _Inference) -> None:
+    """An extent times a scale that is no simple fraction is rounded in single precision."""
+    shape = at.dimensions.shape(at.result.shape)
+    if shape is not None:
+        at.give_shape([None if any(map(_is_odd, extent.atoms())) else extent for extent in shape])
+
+
+def _is_odd(atom: Atom) -> bool:
+    """Whether this is a quotient by what a scale of as few digits as a float has comes to."""
+    divisor = atom.divisor.constant if isinstance(atom, Quotient) else None
+    return divisor is not None and divisor > _LARGEST_DIVISOR
+
+
 @registry.register("", "Slice", since_version=1)  # type: ignore[untyped-decorator]
 def _slice_by_attributes(context: ShapeInferenceContext, node: ir.Node) -> None:
     """The package knows none of those before opset 10."""
@@ -334,7 +354,7 @@ def _constant_of_shape(at: _Inference) -> None:
 @_after(("Tile", 6))
 def _tile(at: _Inference) -> None:
     shape, repeats = at.shape(0), at.elements(1)
-    if at.result.shape is None and shape is not None:
+    if at.result.shape is None and shape is not None and at.always_runs:
         times = repeats if repeats is not None and len(repeats) == len(shape) else [None] * len(shape)
         at.give_shape([None if n is None else extent * n for extent, n in zip(shape, times, strict=True)])
 

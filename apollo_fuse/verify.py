@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from apollo_fuse.doubles import NotInDoublesError
 from apollo_fuse.dtypes import DType
-from apollo_fuse.errors import what_onnxruntime_says
+from apollo_fuse.errors import ApolloFuseError, what_onnxruntime_says
 from apollo_fuse.graph import MicroGraph
 from apollo_fuse.running import run
 from apollo_fuse.tolerance import RELATIVE, Array, Doubles, Nearer, compare, nearer, unsteady
@@ -65,6 +65,10 @@ def coarsest(micro_graphs: Iterable[MicroGraph]) -> DType | None:
     return max(found, key=lambda dtype: RELATIVE[dtype], default=None)
 
 
+class OriginalFailsError(ApolloFuseError):
+    """There is nothing to compare with; the message is what onnxruntime says."""
+
+
 def verify(
     original: ort.InferenceSession,
     fused: ort.InferenceSession,
@@ -78,14 +82,19 @@ def verify(
     `precision` is the coarsest that the kernels between them compute in, as `coarsest` finds it. Where
     `in_doubles` is given, it tells who is right about what differs. Of a `whole` model, results may be off by
     what the original's own are where its inputs move by their last bit.
+
+    Raises OriginalFailsError where onnxruntime does not run the original.
     """
     verdict = NOTHING
     names = [output.name for output in original.get_outputs()]
     for feeds in cases:
-        expected = run(original, feeds)
+        try:
+            expected = run(original, feeds)
+        except Exception as error:  # onnxruntime raises classes of its own for each status
+            raise OriginalFailsError(what_onnxruntime_says(error)) from error
         try:
             found = run(fused, feeds)
-        except Exception as error:  # onnxruntime raises classes of its own for each status
+        except Exception as error:  # as above
             return verdict.joined(failed(what_onnxruntime_says(error)))
         for place, (name, a, b) in enumerate(zip(names, expected, found, strict=True)):
             if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):

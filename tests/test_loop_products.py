@@ -195,12 +195,17 @@ def test_what_each_iteration_would_compute_anew_is_computed_once(name: str, tmp_
     assert_agrees(clean, model, *(feeds(count) for count in (0, 1, 5)))
 
 
+LEFT_INSIDE = ("MatMul", "Add", "Div", "Transpose")
+
+
 @pytest.mark.parametrize(
     "made",
     [
         "m = MatMul(x, other)",  # whether it has 16 rows is not known
         "m = Add(x, row)",
         "m = MatMul(thin, narrow)",
+        "m = Add(x, like)",  # of the same names, and other extents
+        "m = Transpose <perm = [1, 0, 2]> (turned)",  # of three axes or not
         "c = Div(count, by) t = Cast <to = 1> (c) m = Mul(x, t)",
     ],
 )
@@ -208,13 +213,15 @@ def test_what_might_fail_or_take_much_memory_is_computed_where_it_was(made: str,
     model = loop(f"{made} q = Gather(m, i) e = ReduceMax(q, ones) p = Add(e, b)")
     for name, kind, shape in (
         *(("other", 1, ["K", 8]), ("row", 1, ["L"]), ("thin", 1, ["T", "B", 1])),
-        *(("count", 7, []), ("by", 7, [])),
+        *(("count", 7, []), ("by", 7, []), ("like", 1, ["T", "B", 16]), ("shape", 7, ["R"])),
     ):
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    model.graph.node.insert(0, onnx.helper.make_node("Reshape", ["x", "shape"], ["turned"]))
+    del model.graph.initializer[[x.name for x in model.graph.initializer].index("turned")]
     clean = with_shapes(model, tmp_path)
-    assert [node.op_type for node in clean.graph if node.op_type in ("MatMul", "Add", "Div")] == []
+    assert [node.op_type for node in clean.graph if node.op_type in LEFT_INSIDE] == []
     unfit = {"other": normal(3, 8), "row": normal(7), "thin": normal(5, 3, 1)}
-    unfit |= {"count": np.array(3), "by": np.array(0)}
+    unfit |= {"count": np.array(3), "by": np.array(0), "like": normal(5, 2, 16), "shape": np.array([15, 16])}
     assert_agrees(clean, model, feeds(0) | unfit)
 
 

@@ -823,6 +823,32 @@ def test_linear_resizes(tmp_path: Path, cache: Path) -> None:
     check(model, sized(linear([3, 4, 12, 24]), {}))
 
 
+@pytest.mark.parametrize("how", ("asymmetric", "half_pixel", "pytorch_half_pixel"))
+def test_linear_resizes_of_short_axes(how: str, tmp_path: Path, cache: Path) -> None:
+    """Of which many quotients give the elements, and one alone how far they are; and of what is infinite."""
+    pairs = {f"{a}_{b}": (a, b) for a, b in ((1, 2), (2, 1), (3, 2), (4, 3), (5, 4), (2, 3), (9, 3), (2, 4))}
+    for name, (before, after) in pairs.items():
+        case = Case("Resize", "x - - s", {"mode": "linear", "coordinate_transformation_mode": how})
+        table = Table({"x": ("float32", [before, before])}, [case], ints(s=[after, after]))
+        (tmp_path / name).mkdir()
+        model = fused(table, tmp_path / name, cache)
+        x = values("float32", (before, before))
+        for place in range(before):
+            infinite = x.copy()
+            infinite[place, -1 - place] = np.inf
+            check(model, {"x": infinite})
+
+
+def test_resizes_of_open_extents_by_what_is_no_fraction_are_left(tmp_path: Path, cache: Path) -> None:
+    """Onnxruntime rounds an extent times 0.04 in single precision: 25 elements become one, not none."""
+    cases = [Case("Resize", "x - scales", {"mode": mode}) for mode in ("nearest", "linear")]
+    table = Table({"x": ("float32", ["h", "w"])}, cases, {"scales": np.array([0.04, 1 / 3], np.float32)})
+    result = fuse_to_session(table.model(), tmp_path, cache, shapes={"x": (151, 151)})
+    assert result.unfused_nodes.count("Resize") == 2
+    for extents in ((25, 9), (75, 50_000)):
+        check(result, {"x": values("float32", extents)})
+
+
 @pytest.mark.parametrize(
     ("scales", "more", "reason"),
     [

@@ -343,6 +343,38 @@ def test_the_rank_is_known_where_extents_are_not(
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_what_a_loop_stacks_keeps_its_rank_where_none_runs(tmp_path: Path, cache: Path) -> None:
+    """Onnxruntime sees no rank behind a kernel in a body, so none is inferred there that was not before."""
+    text = """<ir_version: 8, opset_import: ["": 17]>
+      g (float[2, 1] x, int64 n, bool c, int64[2] t0) => (float w) {
+        tt, y = Loop <body = b (int64 i, bool go, int64[2] t) => (bool more, int64[2] to, float e) {
+          f = Expand(x, t) e = Exp(f) to = Add(t, t) more = Identity(go)
+        }> (n, c, t0) z = Exp(y) w = Mul(z, z) }"""
+    model = onnx.parser.parse_model(text)
+    (loop,) = (node for node in model.graph.node if node.op_type == "Loop")
+    for value in (model.graph.output[0], loop.attribute[0].g.output[2]):
+        value.type.tensor_type.ClearField("shape")
+    feeds = {"x": feed(2, 1)["x"], "c": np.array(True), "t0": np.array([2, 2])}
+    fused = fuse_to_session(model, tmp_path, cache, given={**feeds, "n": np.array(1)})
+    for count in (1, 0):
+        ((expected, found),) = fused.run({**feeds, "n": np.array(count)}).values()
+        assert expected.shape == found.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_never_runs_need_not_fit(tmp_path: Path, cache: Path) -> None:
+    """A branch that is not taken, as captured tensors show, would end in an error."""
+    text = """<ir_version: 8, opset_import: ["": 17]>
+      g (float[1, 1, 1] x, int64[3] size, bool c) => (float[P, Q, R] y) <int64[2] other = {3, 3}> {
+        r = Expand(x, size) e = Exp(r) v = Mul(e, e) z = If (c) <
+          then_branch = a () => (float[P, Q, R] p) { k = Expand(v, other) m = Exp(k) p = Mul(m, k) },
+          else_branch = b () => (float[P, Q, R] q) { q = Identity(v) }> y = Abs(z) }"""
+    feeds = {"x": feed(1, 1, 1)["x"], "size": np.array([3, 5, 4]), "c": np.array(False)}
+    fused = fuse_to_session(onnx.parser.parse_model(text), tmp_path, cache, given=feeds)
+    ((expected, found),) = fused.run(feeds).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_a_slice_says_its_bounds_in_attributes(tmp_path: Path) -> None:
     """As those of the first opsets do."""
     text = """<ir_version: 4, opset_import: ["": 9]> g (float[N, 8, M] x) => (float[a, b, c] out) {

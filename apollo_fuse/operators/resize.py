@@ -105,7 +105,12 @@ def _slope(extent: Index, result: Index, scale: float | None, how: str) -> tuple
     if how == "align_corners" and before is not None and after is not None and after > 1:
         return Fraction(before - 1, after - 1), after / before if scale is None else scale
     if scale is not None:
-        return 1 / Fraction(scale).limit_denominator(64), scale
+        slope = 1 / Fraction(scale).limit_denominator(64)
+        if (before is None or after is None) and slope * Fraction(scale) != 1:
+            raise Unsupported(
+                f"a resize of the open extent {extent} by {scale:g}"
+            )  # rounded, to what is not known
+        return slope, scale
     if ratio is not None:
         return ratio, float(1 / ratio)
     raise Unsupported(f"a resize of the open extent {extent} to {result}")
@@ -118,21 +123,27 @@ def _map(axis: _Axis, rounding: str) -> Callable[[Index], Index]:
     return lambda i: clamped((i * p + offset) // q, axis.extent)
 
 
-def _offset(axis: _Axis, rounding: str) -> int:
+def _offset(axis: _Axis, rounding: str, clamps: bool = True) -> int:
     """The `b` of ``(p*i + b) // q``.
 
     It is whichever gives what onnxruntime computes in single precision, for every place of the axis, or
-    for a sample of them where its extent is open.
+    for a sample of them where its extent is open. Without `clamps` it gives -1 as well for what comes from
+    before the axis.
     """
     before, after = axis.extent.constant, axis.result.constant
     count = _SAMPLED if after is None else after
     last = int(count * axis.slope) if before is None else before - 1
     places = np.arange(count, dtype=np.int64)
     origin = _origin(places.astype(np.float32), axis.scale, axis.how, *axis.lengths)
-    wanted = np.clip(_rounded(origin, rounding), 0, last)
+    wanted = _rounded(origin, rounding)
     p, q = axis.slope.numerator, axis.slope.denominator
     for b in range(-q, p + q + 1):
-        if np.array_equal(np.clip((p * places + b) // q, 0, last), wanted):
+        found = (p * places + b) // q
+        if not clamps:
+            found[origin == 0] = np.maximum(found[origin == 0], 0)  # -1 comes to the same there
+        else:
+            found = np.clip(found, 0, last)
+        if np.array_equal(found, np.clip(wanted, 0, last) if clamps else wanted):
             return b
     raise Unsupported(
         f"no quotient gives the places of mode {axis.how} and {rounding} at scale {axis.scale:g}"
@@ -148,7 +159,7 @@ def _between(x: Tensor, axis: _Axis) -> Tensor:
     p, q = axis.slope.numerator, axis.slope.denominator
     if q > _MOST_PHASES or axis.result.exact_quotient(Index.of(q)) is None:
         raise Unsupported(f"mode linear from {axis.extent} to {axis.result}")
-    offset = _offset(axis, "floor")
+    offset = _offset(axis, "floor", clamps=False)
     shape = (*x.shape[:place], axis.result, *x.shape[place + 1 :])
     along = (axis.result, *[ONE] * (len(shape) - place - 1))
 
@@ -165,13 +176,13 @@ def _between(x: Tensor, axis: _Axis) -> Tensor:
         return x.view(shape, lambda at: (*at[:place], index(at[place]), *at[place + 1 :]))
 
     first = o.computed(along, lambda at: below(at[0]) + 1).equal(0)  # before the axis begins
-    end = o.computed(along, lambda at: below(at[0]) - last).equal(0)
+    end = o.computed(along, lambda at: maximum(below(at[0]), ZERO) - last).equal(0)
     # at powers of two, distances are the same in each run of places in single precision, too
     repeats = p & (p - 1) == q & (q - 1) == 0 and axis.slope * Fraction(axis.scale) == 1
     at = o.computed(along, lambda at: phase(at[0]) if repeats else at[0]).cast(x.dtype)
     lower = o.computed(along, lambda at: step(at[0]) if repeats else below(at[0])).cast(x.dtype)
     distance = _origin(at, axis.scale, axis.how, *axis.lengths) - lower
-    upper = first.select(0.0, end.select(0.5, distance))  # as onnxruntime weighs what is infinite there
+    upper = end.select(0.5, first.select(0.0, distance))  # as onnxruntime weighs what is infinite there
     lower_part = neighbour(lambda i: clamped(below(i), axis.extent)) * (1 - upper)
     return lower_part + neighbour(lambda i: minimum(maximum(below(i), ZERO) + 1, last)) * upper
 
