@@ -16,12 +16,10 @@ from onnx_shape_inference import ShapeInferenceContext, registry
 from apollo_fuse.dimensions import Dimensions, broadcast_extent, implied_equal, wide_extents
 from apollo_fuse.extents import greatest, quotient, sliced, substituted
 from apollo_fuse.graph import Shape
-from apollo_fuse.index import Atom, Index, Quotient, Symbol, product
+from apollo_fuse.index import Index, Symbol, product
 from apollo_fuse.shape_arithmetic import ELEMENTWISE, Elements, aligned, decided
 
 _BEYOND_ANY_AXIS = 2**29
-_LARGEST_DIVISOR = 64
-"""Of extents, by which an image gets smaller: scales above are taken for no fractions."""
 _Rule = Callable[[ShapeInferenceContext, ir.Node], None]
 
 registry.collect()
@@ -237,20 +235,6 @@ def _slice(at: _Inference) -> None:
         at.give_shape([None if axis in taken else extent for axis, extent in enumerate(shape)])
     else:
         at.give_shape([None] * len(shape))
-
-
-@_after(("Resize", 10), ("Upsample", 1))
-def _resize(at: _Inference) -> None:
-    """An extent times a scale that is no simple fraction is rounded in single precision."""
-    shape = at.dimensions.shape(at.result.shape)
-    if shape is not None:
-        at.give_shape([None if any(map(_is_odd, extent.atoms())) else extent for extent in shape])
-
-
-def _is_odd(atom: Atom) -> bool:
-    """Whether this is a quotient by what a scale of as few digits as a float has comes to."""
-    divisor = atom.divisor.constant if isinstance(atom, Quotient) else None
-    return divisor is not None and divisor > _LARGEST_DIVISOR
 
 
 @registry.register("", "Slice", since_version=1)  # type: ignore[untyped-decorator]
