@@ -63,10 +63,7 @@ class GlobalAveragePool(OpRun):
     op_domain = blocked.DOMAIN
 
     def _run(self, x: Doubles) -> tuple[Doubles]:
-        samples, channels, height, width = x.shape
-        block = blocked.block_size()
-        blocks = x.reshape(samples, channels // block, height * width, block)
-        return (blocks.mean(axis=2).reshape(samples, channels, 1, 1),)
+        return (_in_blocks(x).mean(axis=(2, 3)).reshape(*x.shape[:2], 1, 1),)
 
 
 class ReorderOutput(OpRun):
@@ -75,11 +72,15 @@ class ReorderOutput(OpRun):
     op_domain = blocked.DOMAIN
 
     def _run(self, x: Doubles, channels: int, channels_last: int = 0) -> tuple[Doubles]:
-        samples, filled, height, width = x.shape
-        block = blocked.block_size()
-        blocks = x.reshape(samples, filled // block, height, width, block)
-        rows = np.moveaxis(blocks, 4, 2).reshape(x.shape)[:, :channels]
+        rows = np.moveaxis(_in_blocks(x), 4, 2).reshape(x.shape)[:, :channels]
         return (np.moveaxis(rows, 1, 3) if channels_last else rows,)
+
+
+def _in_blocks(x: Doubles) -> Doubles:
+    """A blocked tensor with the axes that it has in memory."""
+    samples, filled, height, width = x.shape
+    block = blocked.block_size()
+    return x.reshape(samples, filled // block, height, width, block)
 
 
 def _along(parameter: Doubles, x: Array, attributes: Mapping[str, int]) -> Doubles:

@@ -97,9 +97,9 @@ def _cuts(micro_graph: MicroGraph) -> frozenset[tuple[int, int]]:
     for pattern in (Pattern.REDUCTION, Pattern.INJECTIVE, Pattern.BROADCAST):
         behind = [(a, b) for a, b in edges if a.pattern is pattern]
         if behind:
-            last, reader = max((a.position, b.position) for a, b in behind)
+            _, reader = max((a.position, b.position) for a, b in behind)
             beside = sorted({a.position for a, b in behind if b.position == reader})
-            parted = {last, *beside[-(len(beside) // 2) :]} if len(beside) > 1 else {last}
+            parted = beside[-max(len(beside) // 2, 1) :]
             return frozenset((a.position, b.position) for a, b in behind if a.position in parted)
         before = [(a, b) for a, b in edges if b.pattern is pattern]
         if before:

@@ -124,12 +124,10 @@ class _Loop:
     def _is_same(self, node: ir.Node) -> bool:
         """Whether each iteration computes the same here, and the loop alone needs it."""
         operands = [x for x in node.inputs if x is not None]
-        known = node.op_type in _ONCE or is_product(node)
-        made = node.outputs[0]
         return (
-            known
+            (node.op_type in _ONCE or is_product(node))
             and not node.domain
-            and not made.is_graph_output()
+            and not node.outputs[0].is_graph_output()
             and not all(x.graph is self.body for x in operands)  # made of the body's own weights alone
             and all(map(self._is_outside, operands))
         )
@@ -139,9 +137,8 @@ class _Loop:
         changed = False
         for node in list(self.body):
             if self._is_same(node) and _cannot_fail(node, known):
-                for place, operand in enumerate(node.inputs):
-                    if operand is not None:
-                        node.replace_input_with(place, self._moved_out(operand))
+                for operand in filter(None, node.inputs):
+                    self._moved_out(operand)
                 self.body.remove(node)
                 node.name = names.like(node.outputs[0], "outside")  # another loop's may have the same
                 self.around.insert_before(self.node, node)

@@ -82,10 +82,8 @@ class _Inference:
 
         In bodies that is left open: what a Loop stacks has a rank that onnxruntime knows, where none runs.
         """
-        value = self.node.inputs[place] if self.has(place) else None
-        shape = None if value is None else self.dimensions.shape(value.shape)
+        shape, known = self.shape(place), self.elements(place)
         length = shape[0].constant if shape is not None and len(shape) == 1 else None
-        known = self.elements(place)
         return [None] * length if known is None and length is not None and self.always_runs else known
 
     def integers(self, place: int) -> list[int] | None:
@@ -244,8 +242,7 @@ def _slice_by_attributes(context: ShapeInferenceContext, node: ir.Node) -> None:
     shape, x = at.shape(0), node.inputs[0]
     context.set_shape_and_dtype(at.result, None, None if x is None else x.dtype)
     starts, ends = ([Index.of(n) for n in node.attributes[name].as_ints()] for name in ("starts", "ends"))
-    axes = node.attributes.get("axes")
-    bounds = shape and slice_bounds(shape, starts, ends, None if axes is None else axes.as_ints(), None)
+    bounds = shape and slice_bounds(shape, starts, ends, node.attributes.get_ints("axes"), None)
     if bounds:
         at.give_shape([extent for _, extent, _ in bounds])
 

@@ -212,8 +212,13 @@ LEFT_INSIDE = ("MatMul", "Add", "Div", "Transpose")
 def test_what_might_fail_or_take_much_memory_is_computed_where_it_was(made: str, tmp_path: Path) -> None:
     model = loop(f"{made} q = Gather(m, i) e = ReduceMax(q, ones) p = Add(e, b)")
     for name, kind, shape in (
-        *(("other", 1, ["K", 8]), ("row", 1, ["L"]), ("thin", 1, ["T", "B", 1])),
-        *(("count", 7, []), ("by", 7, []), ("like", 1, ["T", "B", 16]), ("shape", 7, ["R"])),
+        ("other", 1, ["K", 8]),
+        ("row", 1, ["L"]),
+        ("thin", 1, ["T", "B", 1]),
+        ("like", 1, ["T", "B", 16]),
+        ("count", 7, []),
+        ("by", 7, []),
+        ("shape", 7, ["R"]),
     ):
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     model.graph.node.insert(0, onnx.helper.make_node("Reshape", ["x", "shape"], ["turned"]))

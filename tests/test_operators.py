@@ -808,8 +808,13 @@ LINEAR = [
 
 def linear(extents: Dims) -> Table:
     numbers = {
-        **{"twice": [2, 2], "fourfold": [4, 4], "thrice": [3, 3], "half": [0.5, 0.5], "third": [1 / 3, 2]},
-        **{"half_more": [1.5, 0.5], "between": [0.75, 2]},
+        "twice": [2, 2],
+        "fourfold": [4, 4],
+        "thrice": [3, 3],
+        "half": [0.5, 0.5],
+        "third": [1 / 3, 2],
+        "half_more": [1.5, 0.5],
+        "between": [0.75, 2],
     }
     scales = {name: np.array([1, 1, *own], np.float32) for name, own in numbers.items()}
     sizes = ints(sizes=[3, 4, 24, 36])

@@ -15,7 +15,6 @@ from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import operator
 
 _SAMPLED = 1024  # results along an open axis that a formula is compared on
-
 _MOST_PHASES = 4
 """Places of a result between which distances to the operand's elements differ."""
 
@@ -107,9 +106,8 @@ def _slope(extent: Index, result: Index, scale: float | None, how: str) -> tuple
     if scale is not None:
         slope = 1 / Fraction(scale).limit_denominator(64)
         if (before is None or after is None) and slope * Fraction(scale) != 1:
-            raise Unsupported(
-                f"a resize of the open extent {extent} by {scale:g}"
-            )  # rounded, to what is not known
+            # its product is rounded, to what is not known
+            raise Unsupported(f"a resize of the open extent {extent} by {scale:g}")
         return slope, scale
     if ratio is not None:
         return ratio, float(1 / ratio)
@@ -136,14 +134,14 @@ def _offset(axis: _Axis, rounding: str, clamps: bool = True) -> int:
     places = np.arange(count, dtype=np.int64)
     origin = _origin(places.astype(np.float32), axis.scale, axis.how, *axis.lengths)
     wanted = _rounded(origin, rounding)
+    if clamps:
+        wanted = np.clip(wanted, 0, last)
     p, q = axis.slope.numerator, axis.slope.denominator
     for b in range(-q, p + q + 1):
         found = (p * places + b) // q
-        if not clamps:
-            found[origin == 0] = np.maximum(found[origin == 0], 0)  # -1 comes to the same there
-        else:
-            found = np.clip(found, 0, last)
-        if np.array_equal(found, np.clip(wanted, 0, last) if clamps else wanted):
+        # where the origin is 0, the places -1 and 0 come to the same
+        found = np.clip(found, 0, last) if clamps else np.where(origin == 0, np.maximum(found, 0), found)
+        if np.array_equal(found, wanted):
             return b
     raise Unsupported(
         f"no quotient gives the places of mode {axis.how} and {rounding} at scale {axis.scale:g}"
