@@ -288,6 +288,30 @@ def test_an_extent_that_cannot_be_1_is_that_of_the_broadcast(
             session.run(None, {"a": np.ones((3, 4), np.float32), "b": np.ones((5, 4), np.float32)})
 
 
+def test_a_rounded_scale_makes_an_extent_of_its_own(tmp_path: Path, cache: Path) -> None:
+    """In single precision 25 times 0.04 is 1, and exactly a little less, as that 0.04 is."""
+    graph = Graph("thumbnail")
+    x = graph.input("x", ["n", 64])
+    small = graph.op("Resize", x, "", np.array([0.04, 1], np.float32), mode="nearest")
+    parts = [graph.op("Sigmoid", graph.op("Exp", part)) for part in (x, small)]
+    graph.output(graph.op("Tanh", graph.op("Concat", *parts, axis=0)), "out", ["k", 64])
+    fused = fuse_to_session(graph.model(), tmp_path, cache, shapes={"x": (100, 64)})
+    assert fused.unfused_nodes == ("Resize",)
+    for rows, found in ((25, 26), (24, 24), (100, 104), (725, 754)):
+        ((one, other),) = fused.run(feed(rows, 64)).values()
+        assert one.shape == other.shape == (found, 64)
+        np.testing.assert_allclose(other, one, rtol=1e-5)
+
+
+def test_extents_that_keep_an_aspect_ratio_are_not_known(tmp_path: Path) -> None:
+    graph = Graph("aspect")
+    x = graph.input("x", ["n", 4])
+    sizes = np.array([6, 8], np.int64)
+    aspect = {"mode": "nearest", "keep_aspect_ratio_policy": "not_larger"}
+    graph.output(graph.op("Exp", graph.op("Resize", x, "", "", sizes, **aspect)), "out", ["k", "l"])
+    assert "8" not in shapes_of(graph.model(), tmp_path)["out"]
+
+
 def test_two_extents_that_cannot_be_1_are_broadcast_where_they_agree(tmp_path: Path) -> None:
     graph = Graph("two_pyramids")
     a, b = graph.input("a", ["n", 4]), graph.input("b", ["m", 4])

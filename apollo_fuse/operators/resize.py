@@ -13,6 +13,7 @@ from apollo_fuse.dtypes import DType
 from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import operator
+from apollo_fuse.shape_rules import is_exact
 
 _SAMPLED = 1024  # results along an open axis that a formula is compared on
 _MOST_PHASES = 4
@@ -105,8 +106,7 @@ def _slope(extent: Index, result: Index, scale: float | None, how: str) -> tuple
         return Fraction(before - 1, after - 1), after / before if scale is None else scale
     if scale is not None:
         slope = 1 / Fraction(scale).limit_denominator(64)
-        if (before is None or after is None) and slope * Fraction(scale) != 1:
-            # its product is rounded, to what is not known
+        if (before is None or after is None) and not is_exact(scale):
             raise Unsupported(f"a resize of the open extent {extent} by {scale:g}")
         return slope, scale
     if ratio is not None:
