@@ -22,13 +22,19 @@ def left_to_convolution(graph: ir.Graph, opened: Sequence[Operator | Refused]) -
     """The nodes that become part of the convolution before them.
 
     With them those convolutions that could be opened, of one channel each, and have nothing beside them that
-    stays in a kernel: between others, that is, whose layout they share.
+    stays in a kernel: between others, that is, whose layout they share. Lines have no other layout.
     """
     able = {o.node for o in opened if isinstance(o, Operator)}
     convolutions = frozenset(node for node in graph if _convolves(node))
     joined = _joined(graph, convolutions)
-    left = {node for node in convolutions & able if not _beside(node, joined) & (able - convolutions)}
+    images = convolutions & able - {node for node in convolutions if _is_along_lines(node)}
+    left = {node for node in images if not _beside(node, joined) & (able - convolutions)}
     return _joined(graph, convolutions - able | left) | left
+
+
+def _is_along_lines(node: ir.Node) -> bool:
+    x = node.inputs[0]
+    return x is not None and x.shape is not None and len(x.shape) == 3
 
 
 def _beside(node: ir.Node, joined: frozenset[ir.Node]) -> set[ir.Node]:

@@ -39,6 +39,15 @@ FORMS = {
     "dilated": convolved("c = CONV(x, w, b) y = Neg(c)", ", dilations = [2, 3], pads = [2, 3, 2, 3]"),
     "same": convolved("c = CONV(x, w, b) y = Neg(c)", ', auto_pad = "SAME_UPPER"'),
     "a line": convolved("c = CONV(x, w, b) y = Neg(c)", ", pads = [2, 2]", x="2, 6, 57", w=(6, 1, 5)),
+    "a line of many": convolved(
+        "c = CONV(x, w, b) y = Neg(c)", ", pads = [15, 15]", x="2, 6, 49", w=(6, 1, 31)
+    ),
+    "a causal line": convolved(
+        "c = CONV(x, w, b) y = Neg(c)", ", dilations = [4], pads = [12, 0]", x="2, 6, 40", w=(6, 1, 4)
+    ),
+    "a line in strides": convolved(
+        "c = CONV(x, w, b) y = Neg(c)", ", strides = [3], pads = [4, 4]", x="2, 6, 100", w=(6, 1, 9)
+    ),
     "a volume": convolved("c = CONV(x, w, b) y = Neg(c)", x="1, 6, 9, 10, 11", w=(6, 1, 2, 2, 2)),
     "between activations": convolved(AROUND, SAME),
     "of small images": convolved(AROUND, SAME, x="2, 6, 11, 11"),
@@ -109,6 +118,25 @@ def test_others_are_onnxruntimes(more: str, w: tuple[int, ...], reason: str, tmp
 def test_a_small_image_is_mostly_padding(tmp_path: Path) -> None:
     (refused,) = planned(convolved(AROUND, SAME, x="2, 6, 7, 7"), tmp_path).unknown
     assert "padding" in refused.evidence
+
+
+@pytest.mark.parametrize(("taps", "tried"), [(64, ["Conv"]), (65, [])])
+def test_along_lines_one_alone_is_tried(taps: int, tried: list[str], tmp_path: Path) -> None:
+    """They have one layout only, and no kernel of onnxruntime's."""
+    plan = planned(convolved("y = CONV(x, w, b)", x="1, 6, 100", w=(6, 1, taps)), tmp_path, Options())
+    assert [node.op_type for candidate in plan.candidates for node in candidate.part.nodes] == tried
+
+
+def test_lines_of_any_length(tmp_path: Path, cache: Path) -> None:
+    model = convolved(
+        "c = CONV(x, w, b) y = Relu(c)", ", pads = [3, 3], strides = [2]", x="N, 6, L", w=(6, 1, 7)
+    )
+    fused = fuse_to_session(model, tmp_path, cache, shapes={"x": (2, 6, 50)})
+    assert not fused.unfused_nodes
+    for length in (50, 1, 2, 7, 333):
+        ((expected, found),) = fused.run({"x": normal(3, 6, length)}).values()
+        difference = compare("any length", expected, found)
+        assert difference.passed, (length, difference)
 
 
 @pytest.mark.parametrize("w", [3, 5])

@@ -17,6 +17,8 @@ from apollo_fuse.operators.registry import operator
 from apollo_fuse.operators.windows import FEW_TAPS, Window, tap_of, windows_of
 
 _MOST_PADDED = 1.5  # elements of an image with what windows take beside it, for each of its own
+_TAPS_OF_A_LINE = 64
+"""At most; along lines onnxruntime has no kernel of its own, and calls a matrix product for each channel."""
 
 
 @operator("Conv")
@@ -28,11 +30,12 @@ def convolution(o: Opener) -> Tensor:
         raise Unsupported("sums over channels")
     known = tuple(size for size in sizes if size is not None)
     windows = windows_of(o, x, known)
-    if math.prod(known) > FEW_TAPS or windows[-1].stride > 1:
-        raise Unsupported(
-            f"a window of {' x '.join(map(str, sizes))} or strides along rows, which onnxruntime is fast at"
-        )
-    if _is_mostly_border(windows):
+    size = " x ".join(map(str, known))
+    if len(known) == 1 and known[0] > _TAPS_OF_A_LINE:
+        raise Unsupported(f"a window of {size}")
+    if len(known) > 1 and (math.prod(known) > FEW_TAPS or windows[-1].stride > 1):
+        raise Unsupported(f"a window of {size} or strides along rows, which onnxruntime is fast at")
+    if len(known) > 1 and _is_mostly_border(windows):
         raise Unsupported("an image that is small beside its padding")
     padded, windows = _padded(x, windows)
     rank = len(known)
