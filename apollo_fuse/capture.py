@@ -148,9 +148,16 @@ def _read(node: ir.Node, body: ir.Graph) -> set[ir.Value]:
 
 
 def _input(name: str, kind: ir.TypeProtocol | None, value: Captured) -> onnx.ValueInfoProto:
+    """Of a tensor its rank, without which onnxruntime takes the sizes of a Resize for none."""
     if kind is None:
         kind = ir.TensorType(ir.DataType.from_numpy(np.asarray(value).dtype))
-    return _of_any_shape(name, kind)
+    info = _of_any_shape(name, kind)
+    if isinstance(value, np.ndarray) and info.type.HasField("tensor_type"):
+        shape = info.type.tensor_type.shape
+        shape.SetInParent()
+        for _ in range(value.ndim):
+            shape.dim.add()
+    return info
 
 
 def _of_any_shape(name: str | None, kind: ir.TypeProtocol | None) -> onnx.ValueInfoProto:

@@ -40,6 +40,21 @@ def test_both_branches_of_an_if_are_seen(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.arrays["u"], np.exp(-X), rtol=1e-6)
 
 
+def test_a_resize_by_the_sizes_of_what_is_fed_is_seen(tmp_path: Path) -> None:
+    """onnxruntime refuses one where it knows no rank, and so not how many sizes there are."""
+    model = text_model(
+        "g (float[N, C, H, W] x) => (float[N, C, A, B] y) { h = Neg(x) s = Shape(h) r = Reshape(h, f) "
+        'b = Slice(s, zero, two) z = Concat <axis = 0> (b, e) y = Resize <mode = "nearest"> (r, , , z) }',
+        f=np.array([1, 2, 2, 3]),
+        zero=np.array([0]),
+        two=np.array([2]),
+        e=np.array([4, 6]),
+    )
+    x = normal(1, 2, 2, 3)
+    found = captured(model, ["y"], {"x": x}, tmp_path)
+    np.testing.assert_array_equal(found.arrays["y"], -x.repeat(2, 2).repeat(2, 3))
+
+
 def test_a_loop_is_seen_in_its_first_iteration_even_if_it_has_none(tmp_path: Path) -> None:
     model = text_model(
         "g (float[N, 64] x, int64 n, bool c) => (float[N, 64] y) { h = Neg(x) "
