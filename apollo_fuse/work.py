@@ -19,6 +19,7 @@ from apollo_fuse.kernel import Compute, Copy, Initialise, Kernel, Loop, LoopKind
 from apollo_fuse.kernel import work as operations
 from apollo_fuse.machine import ACROSS, UNITS, Machine, Unit, is_vectorised
 from apollo_fuse.passes.overlap_tails import is_covered
+from apollo_fuse.passes.phases import items_together, phases
 from apollo_fuse.strides import Numbers, Sizes
 from apollo_fuse.traffic import Access, Footprints, Traffic
 
@@ -39,7 +40,7 @@ class Stretch:
     is_ragged: whether each run of the loop may end within a vector, and not the last of many tiles alone.
     is_known: whether a compiler sees how often the loop turns.
     is_covered: whether a last vector that starts early does what whole ones leave (passes/overlap_tails.py).
-    is_awaited: whether a later loop of the item waits for what the chains come to.
+    is_awaited: whether a later loop of the item waits for what the chains come to, and nothing else is done.
     """
 
     starts: float
@@ -101,8 +102,10 @@ class _Counting:
         )
         cheap = self.numbers.number(operations(self.kernel.body))
         last = max((place for place, s in enumerate(self.stretches) if s.is_loop), default=0)
+        waits = not self._is_in_phases(int(local))
         stretches = (
-            replace(s, is_awaited=bool(s.chains) and place < last) for place, s in enumerate(self.stretches)
+            replace(s, is_awaited=waits and bool(s.chains) and place < last)
+            for place, s in enumerate(self.stretches)
         )
         return Work(
             items,
@@ -111,6 +114,11 @@ class _Counting:
             tuple(found for pair in traffic for found in pair),
             local,
         )
+
+    def _is_in_phases(self, bytes_of_each: int) -> bool:
+        """Whether other items fill the time in which one waits for a reduction, as C alone is written."""
+        several = items_together(self.kernel, bytes_of_each) > 1
+        return self.machine.gpu is None and several and len(phases(self.kernel)) > 1
 
     # -- loops ------------------------------------------------------------------------------
 

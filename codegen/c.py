@@ -7,7 +7,8 @@ become arrays on the stack or, when their size is known at run time only, scratc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -41,6 +42,7 @@ from apollo_fuse.passes.jam_rows import jam_rows
 from apollo_fuse.passes.near_rows import near_rows
 from apollo_fuse.passes.overlap_tails import overlap_tails
 from apollo_fuse.passes.part_streams import part_streams
+from apollo_fuse.passes.phases import Phase, items_together, phases
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
 from apollo_fuse.passes.sum_in_lanes import sum_in_lanes
@@ -364,21 +366,25 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
         kind = c.compute_type(buffer.dtype)
         writer.line(f"{kind} *restrict {buffer.name} = ({kind} *)((char *)scratch + {c.index(offset)});")
         offset = offset + _aligned(buffer)
-    for buffer in stack:
-        kind = c.compute_type(buffer.dtype)
-        writer.line(f"_Alignas(64) {kind} {buffer.name}[{c.index(buffer.size)}];")
-    for buffer in hosted:
-        writer.line(f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host};")
-    writer.line("for (int64_t item = begin; item < end; item++) {")
-    writer.depth += 1
-    _grid(writer, kernel.grid)
-    for buffer in in_outputs:
-        writer.line(
-            f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host} + {c.index(buffer.base)};"
-        )
-    writer.steps(lowered.body)
-    writer.depth -= 1
-    writer.line("}")
+    parts = phases(lowered)
+    on_stack = sum(_aligned(buffer).constant or 0 for buffer in stack)
+    together = 1 if scratch or len(parts) == 1 else items_together(lowered, on_stack)
+    if together > 1:
+        _write_phases(writer, parts, together, _Places(stack, hosted, in_outputs))
+    else:
+        for buffer in stack:
+            kind = c.compute_type(buffer.dtype)
+            writer.line(f"_Alignas(64) {kind} {buffer.name}[{c.index(buffer.size)}];")
+        for buffer in hosted:
+            writer.line(f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host};")
+        writer.line("for (int64_t item = begin; item < end; item++) {")
+        writer.depth += 1
+        _grid(writer, kernel.grid)
+        for buffer in in_outputs:
+            writer.line(_in_output(buffer))
+        writer.steps(lowered.body)
+        writer.depth -= 1
+        writer.line("}")
     every = _symbols(kernel)
     cost, bytes_needed = work(kernel.body), offset
     body = "\n".join(writer.lines)
@@ -404,14 +410,90 @@ static const af_kernel {prefix} = {{{prefix}_grid, {prefix}_work, {prefix}_scrat
 """
 
 
-def _grid(writer: _Writer, grid: tuple[Iterator, ...]) -> None:
-    """The axes of a work item, the last one running fastest."""
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Arrays of a work item: those on the stack, those in the memory of such a one, and those in outputs."""
+
+    stack: Sequence[Buffer]
+    hosted: Sequence[Buffer]
+    in_outputs: Sequence[Buffer]
+
+
+def _write_phases(writer: _Writer, parts: Sequence[Phase], together: int, places: _Places) -> None:
+    """Takes so many work items at a time through each phase; what they keep lies side by side."""
+    for buffer in places.stack:
+        size = c.index((buffer.size + 15) // 16 * 16)
+        writer.line(f"_Alignas(64) {c.compute_type(buffer.dtype)} {buffer.name}_of[{together}][{size}];")
+    for name in sorted(set().union(*(part.leaves for part in parts)) & writer.scalars):
+        writer.line(f"{c.compute_type(writer.kernel.buffer(name).dtype)} {name}_of[{together}];")
+    writer.line(f"for (int64_t first = begin; first < end; first += {together}) {{")
+    writer.depth += 1
+    writer.line(f"const int64_t count = end - first < {together} ? end - first : {together};")
+    for part in parts:
+        writer.line("for (int64_t one = 0; one < count; one++) {")
+        writer.depth += 1
+        _write_phase(writer, part, places)
+        writer.depth -= 1
+        writer.line("}")
+    writer.depth -= 1
+    writer.line("}")
+
+
+def _write_phase(writer: _Writer, part: Phase, places: _Places) -> None:
+    """The steps of one item in a phase, behind what they mention."""
+    before = len(writer.lines)
+    writer.steps(part.steps)
+    for name in sorted(part.leaves):
+        writer.line(_copied(name, f"{name}_of[one]", name, name in writer.scalars))
+    steps = writer.lines[before:]
+    del writer.lines[before:]
+    mentioned = _words(steps)
+    in_outputs = [_in_output(buffer) for buffer in places.in_outputs if buffer.name in mentioned]
+    hosted = [buffer for buffer in places.hosted if buffer.name in mentioned]
+    mentioned |= _words(in_outputs) | {str(buffer.host) for buffer in hosted}
+    if any(axis.name in mentioned for axis in writer.kernel.grid):
+        writer.line("const int64_t item = first + one;")
+        _grid(writer, writer.kernel.grid, mentioned)
+    for buffer in places.stack:
+        kind, size = c.compute_type(buffer.dtype), c.index(buffer.size)
+        if buffer.name in part.holds:  # of its own, which registers hold
+            writer.line(f"_Alignas(64) {kind} {buffer.name}[{size}];")
+            if buffer.name in part.takes:
+                writer.line(_copied(buffer.name, buffer.name, f"{buffer.name}_of[one]", False))
+        elif buffer.name in mentioned:
+            writer.line(f"{kind} *{buffer.name} = {buffer.name}_of[one];")
+    for buffer in hosted:
+        writer.line(f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host};")
+    for line in in_outputs:
+        writer.line(line)
+    for name in sorted(part.takes & writer.scalars):
+        kind = c.compute_type(writer.kernel.buffer(name).dtype)
+        writer.line(f"const {kind} {name} = {name}_of[one];")
+    writer.lines += steps
+
+
+def _copied(name: str, to: str, source: str, is_scalar: bool) -> str:
+    return f"{to} = {source};" if is_scalar else f"memcpy({to}, {source}, sizeof {name});"
+
+
+def _words(lines: Iterable[str]) -> set[str]:
+    return {word for line in lines for word in re.findall(r"\w+", line)}
+
+
+def _in_output(buffer: Buffer) -> str:
+    return f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host} + {c.index(buffer.base)};"
+
+
+def _grid(writer: _Writer, grid: tuple[Iterator, ...], mentioned: Collection[str] | None = None) -> None:
+    """The axes of a work item, the last one running fastest; those that are mentioned, where that is told."""
     if not grid:
         return
     if len(grid) == 1:
         writer.line(f"const int64_t {grid[0].name} = item;")
         return
     for axis, stride in strides(grid):
+        if mentioned is not None and axis.name not in mentioned:
+            continue
         quotient = "item" if stride.is_one else f"item / ({c.index(stride)})"
         rest = "" if axis is grid[0] else f" % ({c.index(axis.extent)})"
         writer.line(f"const int64_t {axis.name} = {quotient}{rest};")

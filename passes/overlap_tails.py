@@ -9,6 +9,7 @@ over rows of 20 take two thirds of the time then, those over rows of 24, which l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from apollo_fuse.dtypes import DType
@@ -48,7 +49,7 @@ def is_covered(kernel: Kernel, loop: Loop) -> bool:
     if extent is None:
         return _is_dear(loop) and may_repeat(kernel, loop)
     short = SHORTEST <= extent < _LONG and extent % _lanes(extent)
-    return bool(short) and may_repeat(kernel, loop)
+    return bool(short) and not _compares(loop) and may_repeat(kernel, loop)
 
 
 def _lanes(extent: int) -> int:
@@ -59,8 +60,17 @@ def _lanes(extent: int) -> int:
 def _is_dear(loop: Loop) -> bool:
     """Whether what is left of a row takes long enough to matter, and is not added up."""
     computes = [step for step in loop.body if isinstance(step, Compute)]
-    alone = all(step.combine is None for step in computes)
-    return alone and sum(step.block.cost for step in computes) >= _DEAR
+    return all(step.combine is None for step in computes) and _is_costly(computes)
+
+
+def _is_costly(computes: Sequence[Compute]) -> bool:
+    return sum(step.block.cost for step in computes) >= _DEAR
+
+
+def _compares(loop: Loop) -> bool:
+    """Whether it looks for a maximum or minimum of what is there: two loops would end so twice."""
+    computes = [step for step in loop.body if isinstance(step, Compute)]
+    return not _is_costly(computes) and all(step.combine in (Op.MAX, Op.MIN) for step in computes)
 
 
 def _covered(kernel: Kernel, loop: Loop) -> list[Step]:

@@ -1,0 +1,104 @@
+"""Takes short rows through a kernel together, a phase at a time.
+
+What a row's reduction gives is waited for: its lanes are added up or compared one after the other, and a
+division may follow, before the next loop of the row starts. A processor sees some 300 instructions ahead,
+which for a row of a few vectors is no other work. So several work items go through the steps up to there, and
+then all of them through the next ones: what one waits for, the others fill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apollo_fuse.kernel import (
+    Compute,
+    Initialise,
+    Kernel,
+    Loop,
+    Scope,
+    Step,
+    read_by,
+    walk,
+    work,
+    written_by,
+)
+
+_MOST = 8
+_WORK = 32 * 1024
+"""Cheap operations that go through a phase together: about what the nearest cache holds the elements of."""
+_BYTES = 16 * 1024
+"""Of arrays that items keep from phase to phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Steps of a work item.
+
+    holds: the registers and accumulators of its own that it has; takes and leaves: those of them that it has
+        from others before, and for others behind.
+    """
+
+    steps: tuple[Step, ...]
+    holds: frozenset[str]
+    takes: frozenset[str]
+    leaves: frozenset[str]
+
+
+def phases(kernel: Kernel) -> tuple[Phase, ...]:
+    """The body in parts, each of which starts with what needs all of the one before.
+
+    That reads a register, or what lanes have been added up in. One part where no such step is.
+    """
+    local = [buffer for buffer in kernel.buffers if buffer.scope is not Scope.GLOBAL]
+    registers = {buffer.name for buffer in local if buffer.size.is_one}
+    hosts = {buffer.host for buffer in local}
+    arrays = {buffer.name for buffer in local if buffer.host is None} - hosts  # in memory of their own alone
+    own = registers | _combined(kernel.body) & arrays
+    parts: list[list[Step]] = [[]]
+    waited: set[str] = set()
+    starts: list[Step] = []
+    for step in kernel.body:
+        if _only_starts(step) and written_by((step,)) <= own:
+            starts.append(step)  # where it is needed
+            continue
+        read, written = read_by((step,)), written_by((step,))
+        if read & waited:
+            parts.append([])
+            waited = set()
+        needed = [start for start in starts if written_by((start,)) & (read | written)]
+        parts[-1] += [*needed, step]
+        starts = [start for start in starts if start not in needed]
+        waited |= written & registers | _combined((step,)) - read
+    whole = Phase(kernel.body, frozenset(own), frozenset(), frozenset())
+    touched = [(read_by(tuple(part)) | written_by(tuple(part))) & own for part in parts]
+    filled = [written_by(tuple(part)) & own for part in parts]
+    if any(sum(name in names for names in filled) > 1 for name in registers):
+        return (whole,)  # one that two parts write to
+    return tuple(
+        Phase(
+            tuple(part),
+            frozenset(touched[n]),
+            frozenset(touched[n].intersection(set().union(*filled[:n]))),
+            frozenset(filled[n].intersection(set().union(*touched[n + 1 :]))),
+        )
+        for n, part in enumerate(parts)
+    )
+
+
+def _only_starts(step: Step) -> bool:
+    """Whether it does nothing but give accumulators their first values."""
+    return all(isinstance(inner, Initialise | Loop) for inner in walk((step,)))
+
+
+def _combined(steps: tuple[Step, ...]) -> set[str]:
+    """The buffers that steps combine values in."""
+    computes = (inner for inner in walk(steps) if isinstance(inner, Compute) and inner.combine is not None)
+    return {target.buffer for compute in computes for target in compute.targets}
+
+
+def items_together(kernel: Kernel, bytes_of_each: int) -> int:
+    """How many work items to take at a time, each of which keeps so many bytes in arrays; 1 for long rows."""
+    cheap = work(kernel.body).constant
+    if cheap is None:
+        return 1
+    return max(min(_MOST, _WORK // max(cheap, 1), _BYTES // max(bytes_of_each, 1)), 1)

@@ -1,0 +1,87 @@
+"""Short rows go through a kernel together: as one by one, to the bit, whatever their number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from apollo_fuse.codegen import c
+from apollo_fuse.expressions import Op
+from apollo_fuse.index import ZERO
+from apollo_fuse.kernel import Initialise, Kernel, Loop, Target
+from apollo_fuse.passes import phases as passes
+from apollo_fuse.passes.phases import items_together, phases
+from tests.fusing import fuse_to_session, kernels, planned
+from tests.test_end_to_end import normal, text_model
+
+CHAINS = {
+    "softmax": "y = Softmax(x)",
+    "log-softmax": "s = Mul(x, x) y = LogSoftmax(s)",
+    "layer norm": "y = LayerNormalization(x, w, b)",
+    "norm and softmax": "n = LayerNormalization(x, w, b) y = Softmax(n)",
+    "a sum of exponentials": "m = ReduceMax(x, last) d = Sub(x, m) e = Exp(d) y = ReduceSum(e, last)",
+}
+
+
+def rows_of(name: str, rows: int | str, columns: int) -> onnx.ModelProto:
+    text = f"g (float[{rows}, {columns}] x) => (float[] y) {{ {CHAINS[name]} }}"
+    model = text_model(text, w=normal(columns), b=normal(columns), last=np.array([-1]))
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    return model
+
+
+@pytest.mark.parametrize("columns", [7, 49, 64, 197])
+@pytest.mark.parametrize("name", CHAINS)
+def test_rows_are_what_they_are_one_by_one(
+    name: str, columns: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rows_of(name, "N", columns)
+    for folder in ("together", "apart"):
+        (tmp_path / folder).mkdir()
+    together = fuse_to_session(model, tmp_path / "together", cache, shapes={"x": (9, columns)})
+    monkeypatch.setattr(passes, "_MOST", 1)
+    apart = fuse_to_session(model, tmp_path / "apart", cache, shapes={"x": (9, columns)})
+    assert not together.unfused_nodes
+    for rows in (1, 7, 8, 9, 100):
+        x = normal(rows, columns)
+        x[0, 0] = np.nan if rows == 9 else x[0, 0]
+        (found,), (expected,) = (f.fused.run(None, {"x": x}) for f in (together, apart))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_phase_starts_with_what_waits(tmp_path: Path) -> None:
+    (kernel,) = kernels(rows_of("softmax", 100, 49), tmp_path)
+    parts = phases(kernel)
+    assert [len(_loops(part.steps)) for part in parts] == [1, 1, 1]
+    assert [(len(part.takes), len(part.leaves)) for part in parts] == [(0, 1), (1, 1), (1, 0)]
+    assert [isinstance(part.steps[0], Initialise) for part in parts] == [True, True, False]
+
+
+@pytest.mark.parametrize(("columns", "count"), [(49, 8), (768, 2), (4096, 1)])
+def test_long_rows_go_one_by_one(columns: int, count: int, tmp_path: Path) -> None:
+    (candidate,) = planned(rows_of("softmax", 100, columns), tmp_path).candidates
+    (kernel,) = candidate.group.kernels
+    assert items_together(kernel, 4 * columns) == count
+    text = c.emit(candidate.group, "softmax", "a softmax")
+    assert (f"first += {count}" in text) == (count > 1) == ("item++" not in text)
+
+
+def test_nothing_that_waits_is_one_phase(tmp_path: Path) -> None:
+    model = text_model("g (float[64, 48] x) => (float[64, 48] y) { e = Exp(x) y = Tanh(e) }")
+    for kernel in kernels(model, tmp_path):
+        assert [part.steps for part in phases(kernel)] == [kernel.body]
+
+
+def test_a_register_that_is_used_again_keeps_rows_apart(tmp_path: Path) -> None:
+    (kernel,) = kernels(rows_of("softmax", 100, 49), tmp_path)
+    start = next(s for s in kernel.body if isinstance(s, Initialise))
+    again = (*kernel.body, Initialise(Target(start.target.buffer, ZERO), Op.MAX), *_loops(kernel.body)[:1])
+    twice = Kernel(kernel.name, kernel.buffers, kernel.grid, again)
+    assert [part.steps for part in phases(twice)] == [again]
+
+
+def _loops(steps: tuple[object, ...]) -> list[Loop]:
+    return [step for step in steps if isinstance(step, Loop)]
