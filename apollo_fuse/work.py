@@ -102,7 +102,7 @@ class _Counting:
         )
         cheap = self.numbers.number(operations(self.kernel.body))
         last = max((place for place, s in enumerate(self.stretches) if s.is_loop), default=0)
-        waits = not self._is_in_phases(int(local))
+        waits = not self._is_in_phases(int(cheap), int(local))
         stretches = (
             replace(s, is_awaited=waits and bool(s.chains) and place < last)
             for place, s in enumerate(self.stretches)
@@ -115,9 +115,9 @@ class _Counting:
             local,
         )
 
-    def _is_in_phases(self, bytes_of_each: int) -> bool:
+    def _is_in_phases(self, cheap: int, bytes_of_each: int) -> bool:
         """Whether other items fill the time in which one waits for a reduction, as C alone is written."""
-        several = items_together(self.kernel, bytes_of_each) > 1
+        several = items_together(cheap, bytes_of_each) > 1
         return self.machine.gpu is None and several and len(phases(self.kernel)) > 1
 
     # -- loops ------------------------------------------------------------------------------

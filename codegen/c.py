@@ -42,7 +42,7 @@ from apollo_fuse.passes.jam_rows import jam_rows
 from apollo_fuse.passes.near_rows import near_rows
 from apollo_fuse.passes.overlap_tails import overlap_tails
 from apollo_fuse.passes.part_streams import part_streams
-from apollo_fuse.passes.phases import Phase, items_together, phases
+from apollo_fuse.passes.phases import WORK, Phase, items_together, phases
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
 from apollo_fuse.passes.sum_in_lanes import sum_in_lanes
@@ -368,9 +368,11 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
         offset = offset + _aligned(buffer)
     parts = phases(lowered)
     on_stack = sum(_aligned(buffer).constant or 0 for buffer in stack)
-    together = 1 if scratch or len(parts) == 1 else items_together(lowered, on_stack)
+    cheap = work(lowered.body).constant
+    together = 1 if scratch or len(parts) == 1 else items_together(cheap or 1, on_stack)
     if together > 1:
-        _write_phases(writer, parts, together, _Places(stack, hosted, in_outputs))
+        fit = None if cheap is not None else f"{WORK} / {kernel.name}_work(n)"
+        _write_phases(writer, parts, together, fit, _Places(stack, hosted, in_outputs))
     else:
         for buffer in stack:
             kind = c.compute_type(buffer.dtype)
@@ -419,13 +421,25 @@ class _Places:
     in_outputs: Sequence[Buffer]
 
 
-def _write_phases(writer: _Writer, parts: Sequence[Phase], together: int, places: _Places) -> None:
-    """Takes so many work items at a time through each phase; what they keep lies side by side."""
-    for buffer in places.stack:
+def _write_phases(
+    writer: _Writer, parts: Sequence[Phase], most: int, fit: str | None, places: _Places
+) -> None:
+    """Takes so many work items at a time through each phase; what they keep lies side by side.
+
+    fit: how many there is room for, where that is known when the kernel runs; else it is for `most`.
+    """
+    held: set[str] = set().union(*(part.holds for part in parts))
+    passed: set[str] = set().union(*(part.leaves for part in parts))
+    for buffer in (b for b in places.stack if b.name in passed or b.name not in held):
         size = c.index((buffer.size + 15) // 16 * 16)
-        writer.line(f"_Alignas(64) {c.compute_type(buffer.dtype)} {buffer.name}_of[{together}][{size}];")
-    for name in sorted(set().union(*(part.leaves for part in parts)) & writer.scalars):
-        writer.line(f"{c.compute_type(writer.kernel.buffer(name).dtype)} {name}_of[{together}];")
+        writer.line(f"_Alignas(64) {c.compute_type(buffer.dtype)} {buffer.name}_of[{most}][{size}];")
+    for name in sorted(passed & writer.scalars):
+        writer.line(f"{c.compute_type(writer.kernel.buffer(name).dtype)} {name}_of[{most}];")
+    together = str(most)
+    if fit is not None:
+        together = "together"
+        writer.line(f"const int64_t fit = {fit};")
+        writer.line(f"const int64_t together = fit < 1 ? 1 : fit < {most} ? fit : {most};")
     writer.line(f"for (int64_t first = begin; first < end; first += {together}) {{")
     writer.depth += 1
     writer.line(f"const int64_t count = end - first < {together} ? end - first : {together};")

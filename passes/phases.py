@@ -19,12 +19,11 @@ from apollo_fuse.kernel import (
     Step,
     read_by,
     walk,
-    work,
     written_by,
 )
 
 _MOST = 8
-_WORK = 32 * 1024
+WORK = 32 * 1024
 """Cheap operations that go through a phase together: about what the nearest cache holds the elements of."""
 _BYTES = 16 * 1024
 """Of arrays that items keep from phase to phase."""
@@ -96,9 +95,9 @@ def _combined(steps: tuple[Step, ...]) -> set[str]:
     return {target.buffer for compute in computes for target in compute.targets}
 
 
-def items_together(kernel: Kernel, bytes_of_each: int) -> int:
-    """How many work items to take at a time, each of which keeps so many bytes in arrays; 1 for long rows."""
-    cheap = work(kernel.body).constant
-    if cheap is None:
-        return 1
-    return max(min(_MOST, _WORK // max(cheap, 1), _BYTES // max(bytes_of_each, 1)), 1)
+def items_together(cheap: int, bytes_of_each: int) -> int:
+    """How many work items to take at a time; 1 for long rows.
+
+    cheap: operations of an item, at least; bytes_of_each: what it keeps in arrays from phase to phase.
+    """
+    return max(min(_MOST, WORK // max(cheap, 1), _BYTES // max(bytes_of_each, 1)), 1)
