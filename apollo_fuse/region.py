@@ -183,8 +183,8 @@ def swap(model: ir.Model, part: Interface, name: str, made: Sequence[Value]) -> 
     """Replaces the nodes, in whichever graph they lie, by one fused node, and attaches its function.
 
     made: what the outputs are. Where extents are open the library cannot tell onnxruntime what it makes when
-        the model is loaded, and without their rank that takes the sizes of a Resize for none, and what a Loop
-        stacks that runs no iteration for a vector.
+        the model is loaded, and without their rank that takes the sizes of a Resize for none. In bodies it is
+        not told: what a Loop stacks has other extents where no iteration runs if they are known.
     """
     key = (DOMAIN, name, "")
     if key not in model.functions:
@@ -195,7 +195,7 @@ def swap(model: ir.Model, part: Interface, name: str, made: Sequence[Value]) -> 
     graph.insert_after(part.nodes[-1], fused)
     for old, new, tensor in zip(part.outputs, fused.outputs, made, strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape
-        if new.shape is None and not (graph is model.graph and old.is_graph_output()):
+        if new.shape is None and graph is model.graph and not old.is_graph_output():
             # without symbols, which are no names of the model's
             new.type = ir.TensorType(ir.DataType(tensor.dtype.onnx))
             new.shape = ir.Shape([extent.constant for extent in tensor.shape])

@@ -149,23 +149,6 @@ def test_a_loop_over_no_elements_stacks_none(how: str, tmp_path: Path, cache: Pa
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_that_a_kernel_would_have_made_has_its_rank(tmp_path: Path, cache: Path) -> None:
-    """onnxruntime takes the rank of what is stacked from the body, of which fusion leaves it a kernel."""
-    model = text_model(
-        "g (float[N, 64] x, int64 n, bool c) => (float[] y) { z, stacked = Loop (n, c, x) <body = b "
-        "(int64 i, bool go, float[A, 64] s) => (bool on, float[B, 64] r, q) "
-        "{ on = Identity(go) e = Mul(s, x) r = Sigmoid(e) q = Tanh(r) }> "
-        "f = Exp(stacked) y = Mul(f, stacked) }"
-    )
-    x, always = np.linspace(-1, 1, 192, dtype=np.float32).reshape(3, 64), np.array(True)
-    fused = fuse_to_session(model, tmp_path, cache, given={"x": x, "n": np.array(2), "c": always})
-    assert fused.unfused_nodes == ("Loop",)
-    for trips in (2, 0):
-        ((expected, found),) = fused.run({"x": x, "n": np.array(trips), "c": always}).values()
-        assert expected.shape == found.shape
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
 def test_loops_in_loops_are_proved_together(tmp_path: Path) -> None:
     model = text_model(
         "g (float[N, 64] x, int64 n, bool c) => (float[A, 64] y) { "
