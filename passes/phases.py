@@ -17,6 +17,7 @@ from apollo_fuse.kernel import (
     Loop,
     Scope,
     Step,
+    indexed_by,
     read_by,
     walk,
     written_by,
@@ -60,7 +61,7 @@ def phases(kernel: Kernel) -> tuple[Phase, ...]:
         if _only_starts(step) and written_by((step,)) <= own:
             starts.append(step)  # where it is needed
             continue
-        read, written = read_by((step,)), written_by((step,))
+        read, written = _read((step,)), written_by((step,))
         if read & waited:
             parts.append([])
             waited = set()
@@ -69,7 +70,7 @@ def phases(kernel: Kernel) -> tuple[Phase, ...]:
         starts = [start for start in starts if start not in needed]
         waited |= written & registers | _combined((step,)) - read
     whole = Phase(kernel.body, frozenset(own), frozenset(), frozenset())
-    touched = [(read_by(tuple(part)) | written_by(tuple(part))) & own for part in parts]
+    touched = [(_read(tuple(part)) | written_by(tuple(part))) & own for part in parts]
     filled = [written_by(tuple(part)) & own for part in parts]
     if any(sum(name in names for names in filled) > 1 for name in registers):
         return (whole,)  # one that two parts write to
@@ -82,6 +83,10 @@ def phases(kernel: Kernel) -> tuple[Phase, ...]:
         )
         for n, part in enumerate(parts)
     )
+
+
+def _read(steps: tuple[Step, ...]) -> set[str]:
+    return read_by(steps) | indexed_by(steps)
 
 
 def _only_starts(step: Step) -> bool:
