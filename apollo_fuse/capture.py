@@ -151,13 +151,9 @@ def _input(name: str, kind: ir.TypeProtocol | None, value: Captured) -> onnx.Val
     """Of a tensor its rank, without which onnxruntime takes the sizes of a Resize for none."""
     if kind is None:
         kind = ir.TensorType(ir.DataType.from_numpy(np.asarray(value).dtype))
-    info = _of_any_shape(name, kind)
-    if isinstance(value, np.ndarray) and info.type.HasField("tensor_type"):
-        shape = info.type.tensor_type.shape
-        shape.SetInParent()
-        for _ in range(value.ndim):
-            shape.dim.add()
-    return info
+    if isinstance(kind, ir.TensorType) and isinstance(value, np.ndarray):
+        return helper.make_tensor_value_info(name, kind.dtype, [None] * value.ndim)
+    return _of_any_shape(name, kind)
 
 
 def _of_any_shape(name: str | None, kind: ir.TypeProtocol | None) -> onnx.ValueInfoProto:

@@ -174,14 +174,9 @@ class _Convolution:
 
 def _ends_gelu(node: ir.Node) -> bool:
     """Whether this is the last product of ``0.5 * (x * (1 + erf(x / sqrt 2)))``, or of that with a tanh."""
-    products = [made for made in _makers(node) if made.op_type == "Mul"]
-    sums = [made for product in products for made in _makers(product) if made.op_type == "Add"]
-    return any(made.op_type in ("Erf", "Tanh") for total in sums for made in _makers(total))
-
-
-def _makers(node: ir.Node) -> list[ir.Node]:
-    """What makes the operands of a node."""
-    return [maker for value in node.inputs if value is not None and (maker := value.producer()) is not None]
+    products = [made for made in node.predecessors() if made.op_type == "Mul"]
+    sums = [made for product in products for made in product.predecessors() if made.op_type == "Add"]
+    return any(made.op_type in ("Erf", "Tanh") for total in sums for made in total.predecessors())
 
 
 def _by_channel(array: np.ndarray, rank: int, channels: int) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from apollo_fuse.index import Index, Symbol, product
 from apollo_fuse.shape_arithmetic import ELEMENTWISE, Elements, aligned, decided
 
 _BEYOND_ANY_AXIS = 2**29
-_LARGEST_DIVISOR = 64
+LARGEST_DIVISOR = 64
 """Of extents, by which an image gets smaller: a scale of a larger denominator is a rounded decimal."""
 _Rule = Callable[[ShapeInferenceContext, ir.Node], None]
 
@@ -346,23 +346,27 @@ def _tile(at: _Inference) -> None:
 @_after(("Resize", 11), ("Upsample", 9))
 def _resize(at: _Inference) -> None:
     """The package has an extent times a scale as it is in exact arithmetic, and none by an aspect ratio."""
-    shape, scales = at.shape(0), at.node.inputs[1 if at.node.op_type == "Upsample" else 2 : 3]
-    if shape is None or at.result.shape is None:
+    shape, known = at.shape(0), at.dimensions.shape(at.result.shape)
+    if shape is None or known is None:
         return
-    extents: list[Index | None] = list(at.dimensions.shape(at.result.shape) or ())
     if at.node.attributes.get_string("keep_aspect_ratio_policy", "stretch") != "stretch":
         at.give_shape([None] * len(shape))
-    elif scales and scales[0] is not None and scales[0].const_value is not None:
-        axes = at.node.attributes.get_ints("axes", range(len(shape)))
-        for axis, scale in zip(axes, scales[0].const_value.numpy().reshape(-1).tolist(), strict=False):
-            if shape[axis].constant is None and not is_exact(scale):
-                extents[axis] = None
-        at.give_shape(extents)
+        return
+    place = 1 if at.node.op_type == "Upsample" else 2
+    scales = at.node.inputs[place] if at.has(place) else None
+    if scales is None or scales.const_value is None:
+        return
+    extents: list[Index | None] = list(known)
+    axes = at.node.attributes.get_ints("axes", range(len(shape)))
+    for axis, scale in zip(axes, scales.const_value.numpy().reshape(-1).tolist(), strict=False):
+        if shape[axis].constant is None and not is_exact(scale):
+            extents[axis] = None
+    at.give_shape(extents)
 
 
 def is_exact(scale: float) -> bool:
     """Whether an open extent times this is what onnxruntime has, which multiplies in single precision."""
-    return Fraction(scale).denominator <= _LARGEST_DIVISOR
+    return Fraction(scale).denominator <= LARGEST_DIVISOR
 
 
 @_after(("Pad", 11))

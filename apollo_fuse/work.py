@@ -117,8 +117,9 @@ class _Counting:
 
     def _is_in_phases(self, cheap: int, bytes_of_each: int) -> bool:
         """Whether other items fill the time in which one waits for a reduction, as C alone is written."""
-        several = items_together(cheap, bytes_of_each) > 1
-        return self.machine.gpu is None and several and len(phases(self.kernel)) > 1
+        if self.machine.gpu is not None or items_together(cheap, bytes_of_each) == 1:
+            return False
+        return len(phases(self.kernel)) > 1
 
     # -- loops ------------------------------------------------------------------------------
 

@@ -375,10 +375,9 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
         _write_phases(writer, parts, together, fit, _Places(stack, hosted, in_outputs))
     else:
         for buffer in stack:
-            kind = c.compute_type(buffer.dtype)
-            writer.line(f"_Alignas(64) {kind} {buffer.name}[{c.index(buffer.size)}];")
+            writer.line(_array(buffer))
         for buffer in hosted:
-            writer.line(f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host};")
+            writer.line(_pointer(buffer, str(buffer.host)))
         writer.line("for (int64_t item = begin; item < end; item++) {")
         writer.depth += 1
         _grid(writer, kernel.grid)
@@ -458,7 +457,10 @@ def _write_phase(writer: _Writer, part: Phase, places: _Places) -> None:
     before = len(writer.lines)
     writer.steps(part.steps)
     for name in sorted(part.leaves):
-        writer.line(_copied(name, f"{name}_of[one]", name, name in writer.scalars))
+        kept = f"{name}_of[one]"
+        writer.line(
+            f"{kept} = {name};" if name in writer.scalars else f"memcpy({kept}, {name}, sizeof {name});"
+        )
     steps = writer.lines[before:]
     del writer.lines[before:]
     mentioned = _words(steps)
@@ -469,15 +471,15 @@ def _write_phase(writer: _Writer, part: Phase, places: _Places) -> None:
         writer.line("const int64_t item = first + one;")
         _grid(writer, writer.kernel.grid, mentioned)
     for buffer in places.stack:
-        kind, size = c.compute_type(buffer.dtype), c.index(buffer.size)
-        if buffer.name in part.holds:  # of its own, which registers hold
-            writer.line(f"_Alignas(64) {kind} {buffer.name}[{size}];")
-            if buffer.name in part.takes:
-                writer.line(_copied(buffer.name, buffer.name, f"{buffer.name}_of[one]", False))
-        elif buffer.name in mentioned:
-            writer.line(f"{kind} *{buffer.name} = {buffer.name}_of[one];")
+        name, kept = buffer.name, f"{buffer.name}_of[one]"
+        if name in part.holds:  # of its own, which registers hold
+            writer.line(_array(buffer))
+            if name in part.takes:
+                writer.line(f"memcpy({name}, {kept}, sizeof {name});")
+        elif name in mentioned:
+            writer.line(_pointer(buffer, kept))
     for buffer in hosted:
-        writer.line(f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host};")
+        writer.line(_pointer(buffer, str(buffer.host)))
     for line in in_outputs:
         writer.line(line)
     for name in sorted(part.takes & writer.scalars):
@@ -486,16 +488,20 @@ def _write_phase(writer: _Writer, part: Phase, places: _Places) -> None:
     writer.lines += steps
 
 
-def _copied(name: str, to: str, source: str, is_scalar: bool) -> str:
-    return f"{to} = {source};" if is_scalar else f"memcpy({to}, {source}, sizeof {name});"
-
-
 def _words(lines: Iterable[str]) -> set[str]:
     return {word for line in lines for word in re.findall(r"\w+", line)}
 
 
+def _array(buffer: Buffer) -> str:
+    return f"_Alignas(64) {c.compute_type(buffer.dtype)} {buffer.name}[{c.index(buffer.size)}];"
+
+
+def _pointer(buffer: Buffer, place: str) -> str:
+    return f"{c.compute_type(buffer.dtype)} *{buffer.name} = {place};"
+
+
 def _in_output(buffer: Buffer) -> str:
-    return f"{c.compute_type(buffer.dtype)} *{buffer.name} = {buffer.host} + {c.index(buffer.base)};"
+    return _pointer(buffer, f"{buffer.host} + {c.index(buffer.base)}")
 
 
 def _grid(writer: _Writer, grid: tuple[Iterator, ...], mentioned: Collection[str] | None = None) -> None:

@@ -27,7 +27,7 @@ def left_to_convolution(graph: ir.Graph, opened: Sequence[Operator | Refused]) -
     able = {o.node for o in opened if isinstance(o, Operator)}
     convolutions = frozenset(node for node in graph if _convolves(node))
     joined = _joined(graph, convolutions)
-    images = convolutions & able - {node for node in convolutions if _is_along_lines(node)}
+    images = {node for node in convolutions & able if not _is_along_lines(node)}
     left = {node for node in images if not _beside(node, joined) & (able - convolutions)}
     return _joined(graph, convolutions - able | left) | left
 

@@ -73,11 +73,10 @@ def phases(kernel: Kernel) -> tuple[Phase, ...]:
         parts[-1] += [*needed, step]
         starts = [start for start in starts if start not in needed]
         waited |= written & registers | _combined((step,)) - read
-    whole = Phase(kernel.body, frozenset(own), frozenset(), frozenset())
     touched = [(_read(tuple(part)) | written_by(tuple(part))) & own for part in parts]
     filled = [written_by(tuple(part)) & own for part in parts]
     if any(sum(name in names for names in filled) > 1 for name in registers):
-        return (whole,)  # one that two parts write to
+        return (Phase(kernel.body, frozenset(own), frozenset(), frozenset()),)  # two parts write to it
     return tuple(
         Phase(
             tuple(part),

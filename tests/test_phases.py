@@ -27,9 +27,10 @@ CHAINS = {
 }
 
 
-def rows_of(name: str, rows: int | str, columns: int) -> onnx.ModelProto:
+def rows_of(name: str, rows: int | str, columns: int | str) -> onnx.ModelProto:
     text = f"g (float[{rows}, {columns}] x) => (float[] y) {{ {CHAINS[name]} }}"
-    model = text_model(text, w=normal(columns), b=normal(columns), last=np.array([-1]))
+    scales = {} if isinstance(columns, str) else {"w": normal(columns), "b": normal(columns)}
+    model = text_model(text, last=np.array([-1]), **scales)
     model.graph.output[0].type.tensor_type.ClearField("shape")
     return model
 
@@ -57,9 +58,7 @@ def test_rows_are_what_they_are_one_by_one(
 def test_how_many_rows_of_open_length_go_together_follows_from_it(
     name: str, tmp_path: Path, cache: Path
 ) -> None:
-    model = text_model(f"g (float[N, M] x) => (float[] y) {{ {CHAINS[name]} }}", last=np.array([-1]))
-    model.graph.output[0].type.tensor_type.ClearField("shape")
-    fused = fuse_to_session(model, tmp_path, cache, shapes={"x": (9, 30)})
+    fused = fuse_to_session(rows_of(name, "N", "M"), tmp_path, cache, shapes={"x": (9, 30)})
     for shape in ((9, 30), (17, 1), (3, 5000), (20, 700), (5, 0)):
         ((expected, found),) = fused.run({"x": normal(*shape)}).values()
         difference = compare(name, expected, found)

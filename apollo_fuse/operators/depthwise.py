@@ -31,11 +31,12 @@ def convolution(o: Opener) -> Tensor:
     known = tuple(size for size in sizes if size is not None)
     windows = windows_of(o, x, known)
     size = " x ".join(map(str, known))
-    if len(known) == 1 and known[0] > _TAPS_OF_A_LINE:
-        raise Unsupported(f"a window of {size}")
-    if len(known) > 1 and (math.prod(known) > FEW_TAPS or windows[-1].stride > 1):
+    if len(known) == 1:
+        if known[0] > _TAPS_OF_A_LINE:
+            raise Unsupported(f"a window of {size}")
+    elif math.prod(known) > FEW_TAPS or windows[-1].stride > 1:
         raise Unsupported(f"a window of {size} or strides along rows, which onnxruntime is fast at")
-    if len(known) > 1 and _is_mostly_border(windows):
+    elif _is_mostly_border(windows):
         raise Unsupported("an image that is small beside its padding")
     padded, windows = _padded(x, windows)
     rank = len(known)

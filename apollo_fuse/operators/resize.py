@@ -13,7 +13,7 @@ from apollo_fuse.dtypes import DType
 from apollo_fuse.index import ONE, ZERO, Index, clamped, maximum, minimum
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported
 from apollo_fuse.operators.registry import operator
-from apollo_fuse.shape_rules import is_exact
+from apollo_fuse.shape_rules import LARGEST_DIVISOR, is_exact
 
 _SAMPLED = 1024  # results along an open axis that a formula is compared on
 _MOST_PHASES = 4
@@ -105,7 +105,7 @@ def _slope(extent: Index, result: Index, scale: float | None, how: str) -> tuple
     if how == "align_corners" and before is not None and after is not None and after > 1:
         return Fraction(before - 1, after - 1), after / before if scale is None else scale
     if scale is not None:
-        slope = 1 / Fraction(scale).limit_denominator(64)
+        slope = 1 / Fraction(scale).limit_denominator(LARGEST_DIVISOR)
         if (before is None or after is None) and not is_exact(scale):
             raise Unsupported(f"a resize of the open extent {extent} by {scale:g}")
         return slope, scale
