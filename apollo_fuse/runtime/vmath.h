@@ -6,7 +6,8 @@
  * them.  The error that stands with a function is the largest met over every eleventh float, in units in
  * the last place of the exact result, with FMA and without; no exhaustive run stands behind it, and
  * tests/test_vmath.py holds it on a sample.  The polynomials are weighted minimax fits
- * made for this file (Lawson's iteration on Chebyshev nodes, coefficients rounded one by one). */
+ * made for this file (Lawson's iteration on Chebyshev nodes, coefficients rounded one by one); long ones
+ * are summed as even and odd powers, two chains that do not wait for each other. */
 #ifndef APOLLO_FUSE_VMATH_H
 #define APOLLO_FUSE_VMATH_H
 
@@ -95,39 +96,60 @@ AF_INLINE float af_expf(float x) {
   const int32_t half = at.n >> 1;
   const uint32_t is_positive = 0u - (uint32_t)(at.n > -150);
   const float rest = af_float_of_bits((uint32_t)(at.n - half + 127) << 23 & is_positive);
-  const float y = (1.0f + af_expm1_of_reduced(at.r)) * af_power_of_two(half) * rest;
+  const float power = af_power_of_two(half), y = AF_FMAF(power, af_expm1_of_reduced(at.r), power) * rest;
   return x > 89.0f ? INFINITY : y;
+}
+
+/* The integer n next to x / ln 2, and 2^n, for -87.3 <= x <= 0: where the bias of exponents is added as well,
+ * the low bits are those of the power. */
+typedef struct {
+  float n, power;
+} af_halvings;
+
+AF_INLINE af_halvings af_halve(float x) {
+  const float shift = 0x1.8p23f + 127.0f, shifted = AF_FMAF(x, 1.44269504f, shift);
+  af_halvings out;
+  out.n = shifted - shift;
+  out.power = af_float_of_bits(af_bits_of_float(shifted) << 23);
+  return out;
 }
 
 /* e^x for x <= 0, or NaN; 1.03 ulp.  What would be denormal is 0, so that one step scales it. */
 AF_INLINE float af_exp_nonpositivef(float x) {
-  const af_reduced at = af_reduce_exp(x);
-  const float y = (1.0f + af_expm1_of_reduced(at.r)) * af_power_of_two(at.n);
+  const af_halvings at = af_halve(x);
+  const float r = AF_FMAF(at.n, 2.12194440e-4f, AF_FMAF(at.n, -0.693359375f, x));
+  const float y = AF_FMAF(at.power, af_expm1_of_reduced(r), at.power);
   return -87.3f > x ? 0.0f : y;
 }
 
-/* e^x - 1 for -25 <= x <= 88 and NaN: with t = 2^(n-1), 2 (t (e^r - 1) + (t - 1/2)). */
-AF_INLINE float af_expm1_in_range(float x) {
-  const af_reduced at = af_reduce_exp(x);
-  const float half = af_power_of_two(at.n - 1);
-  return 2.0f * AF_FMAF(half, af_expm1_of_reduced(at.r), half - 0.5f);
+/* 1 - e^x for -87.3 <= x <= 0, or NaN.  The more often ln 2 is taken off, the less it matters that it is rounded. */
+AF_INLINE float af_one_less_expf(float x) {
+  const af_halvings at = af_halve(x);
+  const float r = AF_FMAF(at.n, -0.693147182f, x);
+  return AF_FMAF(-at.power, af_expm1_of_reduced(r), 1.0f - at.power);
 }
 
-/* e^x - 1; 1.65 ulp. */
+/* `size` with the sign of x, for size >= +0 or NaN. */
+AF_INLINE float af_with_sign_of(float x, float size) {
+  return af_float_of_bits(af_bits_of_float(size) | (af_bits_of_float(x) & 0x80000000u));
+}
+
+/* e^x - 1; 1.65 ulp: with t = 2^(n-1), 2 (t (e^r - 1) + (t - 1/2)). */
 AF_INLINE float af_expm1f(float x) {
   float bounded = -25.0f > x ? -25.0f : x;
   bounded = 89.0f < bounded ? 89.0f : bounded;
-  const float y = af_expm1_in_range(bounded);
+  const af_reduced at = af_reduce_exp(bounded);
+  const float half = af_power_of_two(at.n - 1);
+  const float y = 2.0f * AF_FMAF(half, af_expm1_of_reduced(at.r), half - 0.5f);
   return __builtin_fabsf(x) < 0x1p-25f ? x : y;
 }
 
-/* tanh |x| = t / (t + 2) with t = e^(2|x|) - 1; 2.56 ulp. */
+/* tanh |x| = t / (2 - t) with t = 1 - e^(-2|x|); 2.50 ulp. */
 AF_INLINE float af_tanhf(float x) {
   float size = __builtin_fabsf(x);
   size = 10.0f < size ? 10.0f : size;
-  const float t = af_expm1_in_range(2.0f * size);
-  const float y = size < 0x1p-13f ? size : t / (t + 2.0f);
-  return __builtin_copysignf(y, x);
+  const float t = af_one_less_expf(-2.0f * size);
+  return af_with_sign_of(x, t / (2.0f - t));
 }
 
 /* 1 / (1 + e^-x); 2.36 ulp.  Computed from e^-|x| so that small results keep their precision, unless denormal. */
@@ -136,39 +158,36 @@ AF_INLINE float af_sigmoidf(float x) {
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-/* erf |x| = 1 - e^(-|x| g(|x|)); 2.16 ulp.  g(x) = -ln(erfc x) / x is smooth on [0, 4], and g - 1 is the
- * polynomial. */
+/* erf |x| = 1 - e^(-|x| g(|x|)); 2.04 ulp.  g(x) = -ln(erfc x) / x is smooth on [0, 4], and g - 1 is the
+ * polynomial, here of -|x|. */
 AF_INLINE float af_erff(float x) {
-  float size = __builtin_fabsf(x);
-  size = 4.0f < size ? 4.0f : size;
-  float g = -9.38822177e-06f;
-  g = AF_FMAF(g, size, 0.000118863609f);
-  g = AF_FMAF(g, size, -0.000637370802f);
-  g = AF_FMAF(g, size, 0.00167568738f);
-  g = AF_FMAF(g, size, -0.000169511753f);
-  g = AF_FMAF(g, size, -0.0191478208f);
-  g = AF_FMAF(g, size, 0.102776304f);
-  g = AF_FMAF(g, size, 0.636619568f);
-  g = AF_FMAF(g, size, 0.128379166f);
-  const float z = AF_FMAF(g, size, size);
-  const float y = size < 0x1p-25f ? z : -af_expm1_in_range(-z);
-  return __builtin_copysignf(y, x);
+  float below = -__builtin_fabsf(x);
+  below = -4.0f > below ? -4.0f : below;
+  const float square = below * below;
+  float even = AF_FMAF(-9.38822177e-06f, square, -0.000637370802f);
+  even = AF_FMAF(even, square, -0.000169511753f);
+  even = AF_FMAF(even, square, 0.102776304f);
+  even = AF_FMAF(even, square, 0.128379166f);
+  float odd = AF_FMAF(-0.000118863609f, square, -0.00167568738f);
+  odd = AF_FMAF(odd, square, 0.0191478208f);
+  odd = AF_FMAF(odd, square, -0.636619568f);
+  const float g = AF_FMAF(odd, below, even);
+  return af_with_sign_of(x, af_one_less_expf(AF_FMAF(g, below, below)));
 }
 
 /* ------------------------------------------------------------------------------------ the logarithms */
 
 /* ln(1 + f) for sqrt(1/2) <= 1 + f <= sqrt(2) without its first term: -f^2/2 + f^3 q(f), to 2^-30. */
 AF_INLINE float af_log1p_tail(float f) {
-  float q = 0.0675095543f;
-  q = AF_FMAF(q, f, -0.116714507f);
-  q = AF_FMAF(q, f, 0.118835688f);
-  q = AF_FMAF(q, f, -0.124060318f);
-  q = AF_FMAF(q, f, 0.142203271f);
-  q = AF_FMAF(q, f, -0.166679963f);
-  q = AF_FMAF(q, f, 0.20002073f);
-  q = AF_FMAF(q, f, -0.250000089f);
-  q = AF_FMAF(q, f, 0.333333135f);
-  return AF_FMAF(f * f * f, q, -0.5f * f * f);
+  const float square = f * f;
+  float even = AF_FMAF(0.0675095543f, square, 0.118835688f);
+  even = AF_FMAF(even, square, 0.142203271f);
+  even = AF_FMAF(even, square, 0.20002073f);
+  even = AF_FMAF(even, square, 0.333333135f);
+  float odd = AF_FMAF(-0.116714507f, square, -0.124060318f);
+  odd = AF_FMAF(odd, square, -0.166679963f);
+  odd = AF_FMAF(odd, square, -0.250000089f);
+  return AF_FMAF(square * f, AF_FMAF(odd, f, even), -0.5f * square);
 }
 
 /* x = 2^e (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), for normal x > 0. */
@@ -195,28 +214,29 @@ AF_INLINE float af_logf(float x) {
   return x < 0.0f ? NAN : y;
 }
 
-/* ln(1 + x) for finite x > -1 and NaN: ln u + (x - (u - 1)) / u with u = 1 + x rounded. */
-AF_INLINE float af_log1p_in_range(float x) {
+/* ln(1 + x); 0.95 ulp: ln u + (x - (u - 1)) / u with u = 1 + x rounded. */
+AF_INLINE float af_log1pf(float x) {
   const float u = 1.0f + x;
   const af_split at = af_split_log(u);
   const float f = at.e == 0.0f ? x : at.f;
   const float lost = at.e == 0.0f ? 0.0f : (x - (u - 1.0f)) / u;
-  const float y = AF_FMAF(at.e, -2.12194440e-4f, af_log1p_tail(f) + lost) + f;
-  return AF_FMAF(at.e, 0.693359375f, y);
-}
-
-/* ln(1 + x); 0.95 ulp. */
-AF_INLINE float af_log1pf(float x) {
-  float y = af_log1p_in_range(x);
+  float y = AF_FMAF(at.e, -2.12194440e-4f, af_log1p_tail(f) + lost) + f;
+  y = AF_FMAF(at.e, 0.693359375f, y);
   y = __builtin_fabsf(x) < 0x1p-25f ? x : y;
   y = x < INFINITY ? y : x; /* inf and NaN */
   y = x == -1.0f ? -INFINITY : y;
   return x < -1.0f ? NAN : y;
 }
 
-/* ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|); 1.64 ulp, and 0 where it would be denormal. */
+/* ln(1 + x) for 0 <= x <= 1, or NaN: from sqrt(2) on of half of 1 + x, for the sake of the polynomial. */
+AF_INLINE float af_log1p_to_one(float x) {
+  const float f = x > 0.414213562f ? AF_FMAF(0.5f, x, -0.5f) : x;
+  return af_log1p_tail(f) + f + (f == x ? 0.0f : 0.693147182f);
+}
+
+/* ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|); 1.70 ulp, and 0 where it would be denormal. */
 AF_INLINE float af_softplusf(float x) {
-  return (x > 0.0f ? x : 0.0f) + af_log1p_in_range(af_exp_nonpositivef(-__builtin_fabsf(x)));
+  return (x > 0.0f ? x : 0.0f) + af_log1p_to_one(af_exp_nonpositivef(-__builtin_fabsf(x)));
 }
 
 /* ----------------------------------------------------------------------------------------- the power */
