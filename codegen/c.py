@@ -427,12 +427,11 @@ def _write_phases(
 
     fit: how many there is room for, where that is known when the kernel runs; else it is for `most`.
     """
-    held: set[str] = set().union(*(part.holds for part in parts))
-    passed: set[str] = set().union(*(part.leaves for part in parts))
-    for buffer in (b for b in places.stack if b.name in passed or b.name not in held):
+    alone: set[str] = set().union(*(part.alone for part in parts))
+    for buffer in (b for b in places.stack if b.name not in alone):
         size = c.index((buffer.size + 15) // 16 * 16)
         writer.line(f"_Alignas(64) {c.compute_type(buffer.dtype)} {buffer.name}_of[{most}][{size}];")
-    for name in sorted(passed & writer.scalars):
+    for name in sorted(set().union(*(part.leaves for part in parts))):
         writer.line(f"{c.compute_type(writer.kernel.buffer(name).dtype)} {name}_of[{most}];")
     together = str(most)
     if fit is not None:
@@ -457,10 +456,7 @@ def _write_phase(writer: _Writer, part: Phase, places: _Places) -> None:
     before = len(writer.lines)
     writer.steps(part.steps)
     for name in sorted(part.leaves):
-        kept = f"{name}_of[one]"
-        writer.line(
-            f"{kept} = {name};" if name in writer.scalars else f"memcpy({kept}, {name}, sizeof {name});"
-        )
+        writer.line(f"{name}_of[one] = {name};")
     steps = writer.lines[before:]
     del writer.lines[before:]
     mentioned = _words(steps)
@@ -471,18 +467,15 @@ def _write_phase(writer: _Writer, part: Phase, places: _Places) -> None:
         writer.line("const int64_t item = first + one;")
         _grid(writer, writer.kernel.grid, mentioned)
     for buffer in places.stack:
-        name, kept = buffer.name, f"{buffer.name}_of[one]"
-        if name in part.holds:  # of its own, which registers hold
+        if buffer.name in part.alone:
             writer.line(_array(buffer))
-            if name in part.takes:
-                writer.line(f"memcpy({name}, {kept}, sizeof {name});")
-        elif name in mentioned:
-            writer.line(_pointer(buffer, kept))
+        elif buffer.name in mentioned:
+            writer.line(_pointer(buffer, f"{buffer.name}_of[one]"))
     for buffer in hosted:
         writer.line(_pointer(buffer, str(buffer.host)))
     for line in in_outputs:
         writer.line(line)
-    for name in sorted(part.takes & writer.scalars):
+    for name in sorted(part.takes):
         kind = c.compute_type(writer.kernel.buffer(name).dtype)
         writer.line(f"const {kind} {name} = {name}_of[one];")
     writer.lines += steps

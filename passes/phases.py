@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apollo_fuse.kernel import (
-    Compute,
     Initialise,
     Kernel,
     Loop,
@@ -38,31 +37,30 @@ _BYTES = 16 * 1024
 class Phase:
     """Steps of a work item.
 
-    holds: the registers and accumulators of its own that it has; takes and leaves: those of them that it has
-        from others before, and for others behind.
+    alone: the arrays of its own that no other phase touches; takes and leaves: registers that phases before
+        have written to, and that phases behind read.
     """
 
     steps: tuple[Step, ...]
-    holds: frozenset[str]
+    alone: frozenset[str]
     takes: frozenset[str]
     leaves: frozenset[str]
 
 
 def phases(kernel: Kernel) -> tuple[Phase, ...]:
-    """The body in parts, each of which starts with what needs all of the one before.
+    """The body in parts, each of which starts with a step that reads a register of the one before.
 
-    That reads a register, or what lanes have been added up in. One part where no such step is.
+    One part where no such step is.
     """
     local = [buffer for buffer in kernel.buffers if buffer.scope is not Scope.GLOBAL]
     registers = {buffer.name for buffer in local if buffer.size.is_one}
     hosts = {buffer.host for buffer in local}
-    arrays = {buffer.name for buffer in local if buffer.host is None} - hosts  # in memory of their own alone
-    own = registers | _combined(kernel.body) & arrays
+    arrays = {buffer.name for buffer in local if buffer.host is None} - hosts - registers
     parts: list[list[Step]] = [[]]
     waited: set[str] = set()
     starts: list[Step] = []
     for step in kernel.body:
-        if _only_starts(step) and written_by((step,)) <= own:
+        if _only_starts(step) and written_by((step,)) <= registers | arrays:
             starts.append(step)  # where it is needed
             continue
         read, written = _read((step,)), written_by((step,))
@@ -72,15 +70,15 @@ def phases(kernel: Kernel) -> tuple[Phase, ...]:
         needed = [start for start in starts if written_by((start,)) & (read | written)]
         parts[-1] += [*needed, step]
         starts = [start for start in starts if start not in needed]
-        waited |= written & registers | _combined((step,)) - read
-    touched = [(_read(tuple(part)) | written_by(tuple(part))) & own for part in parts]
-    filled = [written_by(tuple(part)) & own for part in parts]
+        waited |= written & registers
+    touched = [_read(tuple(part)) | written_by(tuple(part)) for part in parts]
+    filled = [written_by(tuple(part)) & registers for part in parts]
     if any(sum(name in names for names in filled) > 1 for name in registers):
-        return (Phase(kernel.body, frozenset(own), frozenset(), frozenset()),)  # two parts write to it
+        return (Phase(kernel.body, frozenset(arrays), frozenset(), frozenset()),)  # two parts write to it
     return tuple(
         Phase(
             tuple(part),
-            frozenset(touched[n]),
+            frozenset((touched[n] & arrays).difference(*touched[:n], *touched[n + 1 :])),
             frozenset(touched[n].intersection(set().union(*filled[:n]))),
             frozenset(filled[n].intersection(set().union(*touched[n + 1 :]))),
         )
@@ -95,12 +93,6 @@ def _read(steps: tuple[Step, ...]) -> set[str]:
 def _only_starts(step: Step) -> bool:
     """Whether it does nothing but give accumulators their first values."""
     return all(isinstance(inner, Initialise | Loop) for inner in walk((step,)))
-
-
-def _combined(steps: tuple[Step, ...]) -> set[str]:
-    """The buffers that steps combine values in."""
-    computes = (inner for inner in walk(steps) if isinstance(inner, Compute) and inner.combine is not None)
-    return {target.buffer for compute in computes for target in compute.targets}
 
 
 def items_together(cheap: int, bytes_of_each: int) -> int:

