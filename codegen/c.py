@@ -49,6 +49,8 @@ from apollo_fuse.passes.sum_in_lanes import sum_in_lanes
 from apollo_fuse.passes.tile_rows import tile_rows
 
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
+_READING = 9
+"""Cost (see Block.cost) of an element up to which a loop waits for what it reads."""
 _LOWERING: tuple[Callable[[Kernel], Kernel], ...] = (
     hoist_lanes,
     sum_columns,
@@ -143,6 +145,8 @@ class _Writer:
             end = self.turn(tiles, name, end)
         if loop.kind is LoopKind.LANE:
             self.line("#pragma omp simd" + "".join(self.clauses(loop)))
+        elif _reads_for_lanes(loop):
+            self.line("#pragma GCC unroll 1")
         self.line(f"for (int64_t {name} = 0; {name} < {end}; {name}++) {{")
         self.depth += 1
         self.steps(loop.body)
@@ -310,6 +314,21 @@ def _any_nan(values: list[str]) -> str:
     """Whether one of them is no number, asked of two at a time."""
     pairs = zip(values[::2], [*values[1::2], values[-1]], strict=False)
     return f"({' | '.join(f'__builtin_isunordered({a}, {b})' for a, b in pairs)})"
+
+
+def _reads_for_lanes(loop: Loop) -> bool:
+    """Whether all it does is to combine what it reads, lane by lane, and so waits for memory.
+
+    Unrolled by gcc, every second line of a row would be read before the ones between, and prefetchers
+    follow lines in order. Elementary functions leave time for either.
+    """
+    lanes = [step for step in loop.body if isinstance(step, Loop) and step.kind is LoopKind.LANE]
+    computes = [step for inner in lanes for step in inner.body if isinstance(step, Compute)]
+    return (
+        0 < len(lanes) == len(loop.body)
+        and all(step.block.cost <= _READING for step in computes)
+        and any(step.combine is not None for step in computes)
+    )
 
 
 def _turns(loop: Loop) -> str:

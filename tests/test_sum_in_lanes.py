@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from apollo_fuse.codegen import c
 from apollo_fuse.kernel import Kernel, Loop, LoopKind, walk
 from apollo_fuse.passes.cascade_sums import BLOCK
 from apollo_fuse.passes.sum_in_lanes import SUMS, VECTOR, sum_in_lanes
@@ -65,6 +66,14 @@ def test_which_rows_have_sums_side_by_side(
     in_lanes = sum_in_lanes(kernel)
     assert len(sums(in_lanes)) == rows
     assert blocks(in_lanes) == in_blocks
+
+
+@pytest.mark.parametrize(("text", "in_order"), [(SQUARES, True), (FUNCTIONS, False)])
+def test_rows_that_are_only_read_are_read_in_order(text: str, in_order: bool, tmp_path: Path) -> None:
+    group = group_of(model_of(text, "128"), tmp_path)
+    lines = [line.strip() for line in c.emit(group, "sums", "sums of rows").splitlines()]
+    (steps,) = (place for place, line in enumerate(lines) if line.startswith("for (int64_t r0_step"))
+    assert (lines[steps - 1] == "#pragma GCC unroll 1") == in_order
 
 
 def check(
