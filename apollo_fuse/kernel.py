@@ -249,6 +249,12 @@ def with_lane_loops(steps: tuple[Step, ...], instead: Callable[[Loop], Iterable[
     return tuple(result)
 
 
+def lane_loops_of(loop: Loop) -> tuple[Loop, ...]:
+    """The lane loops that the body consists of; none where anything else stands in it."""
+    found = tuple(step for step in loop.body if isinstance(step, Loop) and step.kind is LoopKind.LANE)
+    return found if len(found) == len(loop.body) else ()
+
+
 def buffers_of(steps: tuple[Step, ...]) -> set[str]:
     """The buffers that the steps read or write, index tensors included."""
     return read_by(steps) | indexed_by(steps) | written_by(steps)

@@ -60,8 +60,11 @@ class _Inference:
         """Whether every run of the model runs the node, so that what its validity implies holds for all."""
         return self.node.graph is not None and self.node.graph is self.dimensions.main
 
+    def operand(self, place: int) -> ir.Value | None:
+        return self.node.inputs[place] if place < len(self.node.inputs) else None
+
     def has(self, place: int) -> bool:
-        return place < len(self.node.inputs) and self.node.inputs[place] is not None
+        return self.operand(place) is not None
 
     def shape(self, place: int) -> Shape | None:
         value = self.node.inputs[place]
@@ -69,7 +72,7 @@ class _Inference:
 
     def elements(self, place: int) -> Elements | None:
         """What an integer operand of rank 0 or 1 holds; None for elements that are not known."""
-        value = self.node.inputs[place] if self.has(place) else None
+        value = self.operand(place)
         shape = None if value is None else self.dimensions.shape(value.shape)
         if value is None or shape is None or len(shape) > 1:
             return None
@@ -90,7 +93,7 @@ class _Inference:
         return [None] * length if known is None and length is not None and self.always_runs else known
 
     def integers(self, place: int) -> list[int] | None:
-        value = self.node.inputs[place] if self.has(place) else None
+        value = self.operand(place)
         if value is None:
             return None
         if value.const_value is not None:
@@ -352,8 +355,7 @@ def _resize(at: _Inference) -> None:
     if at.node.attributes.get_string("keep_aspect_ratio_policy", "stretch") != "stretch":
         at.give_shape([None] * len(shape))
         return
-    place = 1 if at.node.op_type == "Upsample" else 2
-    scales = at.node.inputs[place] if at.has(place) else None
+    scales = at.operand(1 if at.node.op_type == "Upsample" else 2)
     if scales is None or scales.const_value is None:
         return
     extents: list[Index | None] = list(known)

@@ -32,6 +32,7 @@ from apollo_fuse.kernel import (
     Step,
     Target,
     buffers_of,
+    lane_loops_of,
     strides,
     walk,
     work,
@@ -322,13 +323,9 @@ def _reads_for_lanes(loop: Loop) -> bool:
     Unrolled by gcc, every second line of a row would be read before the ones between, and prefetchers
     follow lines in order. Elementary functions leave time for either.
     """
-    lanes = [step for step in loop.body if isinstance(step, Loop) and step.kind is LoopKind.LANE]
-    computes = [step for inner in lanes for step in inner.body if isinstance(step, Compute)]
-    return (
-        0 < len(lanes) == len(loop.body)
-        and all(step.block.cost <= _READING for step in computes)
-        and any(step.combine is not None for step in computes)
-    )
+    computes = [step for lanes in lane_loops_of(loop) for step in lanes.body if isinstance(step, Compute)]
+    is_cheap = all(step.block.cost <= _READING for step in computes)
+    return is_cheap and any(step.combine is not None for step in computes)
 
 
 def _turns(loop: Loop) -> str:

@@ -23,6 +23,7 @@ from apollo_fuse.kernel import (
     Scope,
     Step,
     Target,
+    lane_loops_of,
     part_of,
     read_by,
     walk,
@@ -227,8 +228,8 @@ def stack_bytes(kernel: Kernel) -> int:
 
 def _lanes(loop: Loop) -> Loop | None:
     """The lane loop that is all that `loop` holds, or the first of several that run alike."""
-    inner = [step for step in loop.body if isinstance(step, Loop) and step.kind is LoopKind.LANE]
-    if loop.kind is not LoopKind.SEQUENTIAL or not inner or len(inner) < len(loop.body):
+    inner = lane_loops_of(loop)
+    if loop.kind is not LoopKind.SEQUENTIAL or not inner:
         return None
     lane = inner[0]
     alike = all(other.iterator == lane.iterator and other.limit == lane.limit for other in inner)

@@ -58,8 +58,13 @@ AF_INLINE float af_ceilf(float x) { return __builtin_ceilf(x); }
 
 /* ----------------------------------------------------------------------------------- the exponentials */
 
+/* x - n ln 2.  ln 2 is split so that n times its first part is exact. */
+AF_INLINE float af_less_ln2(float x, float n) {
+  return AF_FMAF(n, 2.12194440e-4f, AF_FMAF(n, -0.693359375f, x));
+}
+
 /* x = n ln 2 + r with |r| <= ln 2 / 2, for |x| < 2^20: adding 1.5 * 2^23 rounds to an integer, which then
- * stands in the low bits.  ln 2 is split so that n times its first part is exact. */
+ * stands in the low bits. */
 typedef struct {
   float r;
   int32_t n;
@@ -69,7 +74,7 @@ AF_INLINE af_reduced af_reduce_exp(float x) {
   const float shift = 0x1.8p23f;
   const float shifted = AF_FMAF(x, 1.44269504f, shift), n = shifted - shift;
   af_reduced out;
-  out.r = AF_FMAF(n, 2.12194440e-4f, AF_FMAF(n, -0.693359375f, x));
+  out.r = af_less_ln2(x, n);
   out.n = (int32_t)(af_bits_of_float(shifted) - af_bits_of_float(shift));
   return out;
 }
@@ -117,8 +122,7 @@ AF_INLINE af_halvings af_halve(float x) {
 /* e^x for x <= 0, or NaN; 1.03 ulp.  What would be denormal is 0, so that one step scales it. */
 AF_INLINE float af_exp_nonpositivef(float x) {
   const af_halvings at = af_halve(x);
-  const float r = AF_FMAF(at.n, 2.12194440e-4f, AF_FMAF(at.n, -0.693359375f, x));
-  const float y = AF_FMAF(at.power, af_expm1_of_reduced(r), at.power);
+  const float y = AF_FMAF(at.power, af_expm1_of_reduced(af_less_ln2(x, at.n)), at.power);
   return -87.3f > x ? 0.0f : y;
 }
 
