@@ -19,7 +19,7 @@ from apollo_fuse.kernel import Compute, Copy, Initialise, Kernel, Loop, LoopKind
 from apollo_fuse.kernel import work as operations
 from apollo_fuse.machine import ACROSS, UNITS, Machine, Unit, is_vectorised
 from apollo_fuse.passes.overlap_tails import is_covered
-from apollo_fuse.passes.phases import items_together, phases
+from apollo_fuse.passes.phases import items_together, phases, through_a_phase
 from apollo_fuse.strides import Numbers, Sizes
 from apollo_fuse.traffic import Access, Footprints, Traffic
 
@@ -102,7 +102,7 @@ class _Counting:
         )
         cheap = self.numbers.number(operations(self.kernel.body))
         last = max((place for place, s in enumerate(self.stretches) if s.is_loop), default=0)
-        waits = not self._is_in_phases(int(cheap), int(local))
+        waits = not self._is_in_phases()
         stretches = (
             replace(s, is_awaited=waits and bool(s.chains) and place < last)
             for place, s in enumerate(self.stretches)
@@ -115,11 +115,13 @@ class _Counting:
             local,
         )
 
-    def _is_in_phases(self, cheap: int, bytes_of_each: int) -> bool:
+    def _is_in_phases(self) -> bool:
         """Whether other items fill the time in which one waits for a reduction, as C alone is written."""
-        if self.machine.gpu is not None or items_together(cheap, bytes_of_each) == 1:
+        if self.machine.gpu is not None:
             return False
-        return len(phases(self.kernel)) > 1
+        parts = phases(self.kernel)
+        turns = int(self.numbers.number(through_a_phase(self.kernel, parts)))
+        return len(parts) > 1 and items_together(turns, self.machine.vector) > 1
 
     # -- loops ------------------------------------------------------------------------------
 

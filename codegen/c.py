@@ -43,12 +43,13 @@ from apollo_fuse.passes.jam_rows import jam_rows
 from apollo_fuse.passes.near_rows import near_rows
 from apollo_fuse.passes.overlap_tails import overlap_tails
 from apollo_fuse.passes.part_streams import part_streams
-from apollo_fuse.passes.phases import WORK, Phase, items_together, phases
+from apollo_fuse.passes.phases import VECTORS, Phase, items_together, phases, through_a_phase
 from apollo_fuse.passes.split_borders import split_borders
 from apollo_fuse.passes.sum_columns import sum_columns
 from apollo_fuse.passes.sum_in_lanes import sum_in_lanes
 from apollo_fuse.passes.tile_rows import tile_rows
 
+_WIDEST = 64  # bytes of a vector, on any processor
 STACK_BYTES = 32 * 1024  # greatest buffer that is put on the stack
 _READING = 9
 """Cost (see Block.cost) of an element up to which a loop waits for what it reads."""
@@ -383,12 +384,13 @@ def _kernel(group: KernelGroup, kernel: Kernel) -> str:
         writer.line(f"{kind} *restrict {buffer.name} = ({kind} *)((char *)scratch + {c.index(offset)});")
         offset = offset + _aligned(buffer)
     parts = phases(lowered)
-    on_stack = sum(_aligned(buffer).constant or 0 for buffer in stack)
-    cheap = work(lowered.body).constant
-    together = 1 if scratch or len(parts) == 1 else items_together(cheap or 1, on_stack)
-    if together > 1:
-        fit = None if cheap is not None else f"{WORK} / {kernel.name}_work(n)"
-        _write_phases(writer, parts, together, fit, _Places(stack, hosted, in_outputs))
+    turns = through_a_phase(kernel, parts)
+    most = 1 if scratch or len(parts) == 1 else items_together(turns.constant or 1, _WIDEST)
+    alone: set[str] = set().union(*(part.alone for part in parts))
+    kept = [buffer for buffer in stack if buffer.name not in alone]
+    if most > 1 and most * sum(_aligned(buffer).constant or 0 for buffer in kept) <= STACK_BYTES:
+        together = f"af_items_together({c.index(turns)}, {VECTORS}, {most})"
+        _write_phases(writer, parts, most, together, _Places(stack, kept, hosted, in_outputs))
     else:
         for buffer in stack:
             writer.line(_array(buffer))
@@ -429,34 +431,32 @@ static const af_kernel {prefix} = {{{prefix}_grid, {prefix}_work, {prefix}_scrat
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Arrays of a work item: those on the stack, those in the memory of such a one, and those in outputs."""
+    """Arrays of a work item.
+
+    stack: those that have memory on the stack; kept: those of them that one phase leaves for another; hosted:
+        those in the memory of such a one; in_outputs: those in outputs.
+    """
 
     stack: Sequence[Buffer]
+    kept: Sequence[Buffer]
     hosted: Sequence[Buffer]
     in_outputs: Sequence[Buffer]
 
 
-def _write_phases(
-    writer: _Writer, parts: Sequence[Phase], most: int, fit: str | None, places: _Places
-) -> None:
+def _write_phases(writer: _Writer, parts: Sequence[Phase], most: int, together: str, places: _Places) -> None:
     """Takes so many work items at a time through each phase; what they keep lies side by side.
 
-    fit: how many there is room for, where that is known when the kernel runs; else it is for `most`.
+    most: how many these are at most.
     """
-    alone: set[str] = set().union(*(part.alone for part in parts))
-    for buffer in (b for b in places.stack if b.name not in alone):
+    for buffer in places.kept:
         size = c.index((buffer.size + 15) // 16 * 16)
         writer.line(f"_Alignas(64) {c.compute_type(buffer.dtype)} {buffer.name}_of[{most}][{size}];")
     for name in sorted(set().union(*(part.leaves for part in parts))):
         writer.line(f"{c.compute_type(writer.kernel.buffer(name).dtype)} {name}_of[{most}];")
-    together = str(most)
-    if fit is not None:
-        together = "together"
-        writer.line(f"const int64_t fit = {fit};")
-        writer.line(f"const int64_t together = fit < 1 ? 1 : fit < {most} ? fit : {most};")
-    writer.line(f"for (int64_t first = begin; first < end; first += {together}) {{")
+    writer.line(f"const int64_t together = {together};")
+    writer.line("for (int64_t first = begin; first < end; first += together) {")
     writer.depth += 1
-    writer.line(f"const int64_t count = end - first < {together} ? end - first : {together};")
+    writer.line("const int64_t count = end - first < together ? end - first : together;")
     for part in parts:
         writer.line("for (int64_t one = 0; one < count; one++) {")
         writer.depth += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from apollo_fuse.index import ONE, ZERO, Index
 from apollo_fuse.kernel import (
     Initialise,
     Kernel,
@@ -23,14 +24,12 @@ from apollo_fuse.kernel import (
 )
 
 _MOST = 8
-WORK = 8 * 1024
-"""Cheap operations that go through a phase together.
+VECTORS = 32
+"""Of floats that go through a phase together.
 
-With four times as many, rows of 768 that come from far took 1.3 times as long: a phase that does little but
-read waits for memory, and one that does not read leaves it idle.
+What waits is hidden by then. With more, what comes from far takes longer: a phase that does little but read
+waits for memory, and one that does not read leaves it idle.
 """
-_BYTES = 16 * 1024
-"""Of arrays that items keep from phase to phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +94,23 @@ def _only_starts(step: Step) -> bool:
     return all(isinstance(inner, Initialise | Loop) for inner in walk((step,)))
 
 
-def items_together(cheap: int, bytes_of_each: int) -> int:
-    """How many work items to take at a time; 1 for long rows.
+def through_a_phase(kernel: Kernel, parts: tuple[Phase, ...]) -> Index:
+    """Turns that innermost loops take for an item, on average over the phases."""
+    return (_turns(kernel.body) + (len(parts) - 1)) // len(parts)
 
-    cheap: operations of an item, at least; bytes_of_each: what it keeps in arrays from phase to phase.
+
+def _turns(steps: tuple[Step, ...]) -> Index:
+    total = ZERO
+    for step in steps:
+        if isinstance(step, Loop):
+            inner = _turns(step.body) if any(isinstance(s, Loop) for s in step.body) else ONE
+            total = total + step.iterator.extent * inner
+    return total
+
+
+def items_together(turns: int, vector: int) -> int:
+    """How many work items to take at a time, as `af_items_together` in kernel.h says it; 1 for long rows.
+
+    turns: of an item through a phase; vector: bytes of one.
     """
-    return max(min(_MOST, WORK // max(cheap, 1), _BYTES // max(bytes_of_each, 1)), 1)
+    return max(min(_MOST, VECTORS * (vector // 4) // max(turns, 1)), 1)

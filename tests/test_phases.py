@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from apollo_fuse.codegen import c
 from apollo_fuse.expressions import Op
 from apollo_fuse.index import ZERO
-from apollo_fuse.kernel import Initialise, Kernel, Loop, Target, work
+from apollo_fuse.kernel import Initialise, Kernel, Loop, Target
 from apollo_fuse.passes import phases as passes
-from apollo_fuse.passes.phases import items_together, phases
+from apollo_fuse.passes.phases import items_together, phases, through_a_phase
 from apollo_fuse.tolerance import compare
 from tests.fusing import fuse_to_session, kernels, planned
+from tests.headers import LEVELS, compile_library
 from tests.test_end_to_end import normal, text_model
 
 CHAINS = {
@@ -73,13 +75,26 @@ def test_a_phase_starts_with_what_waits(tmp_path: Path) -> None:
     assert [isinstance(part.steps[0], Initialise) for part in parts] == [True, True, False]
 
 
-@pytest.mark.parametrize(("columns", "count"), [(49, 8), (197, 2), (768, 1)])
-def test_long_rows_go_one_by_one(columns: int, count: int, tmp_path: Path) -> None:
-    (candidate,) = planned(rows_of("softmax", 100, columns), tmp_path).candidates
+@pytest.mark.parametrize(
+    ("columns", "with_avx2", "with_avx512"), [(16, 8, 8), (49, 5, 8), (128, 2, 4), (256, 1, 2), (768, 1, 1)]
+)
+def test_long_rows_go_one_by_one(columns: int, with_avx2: int, with_avx512: int, tmp_path: Path) -> None:
+    (candidate,) = planned(rows_of("layer norm", 100, columns), tmp_path).candidates
     (kernel,) = candidate.group.kernels
-    assert items_together(work(kernel.body).constant or 0, 4 * columns) == count
-    text = c.emit(candidate.group, "softmax", "a softmax")
-    assert ("first += " in text) == (count > 1) == ("item++" not in text)
+    turns = through_a_phase(kernel, phases(kernel))
+    assert turns.constant == columns
+    assert [items_together(columns, vector) for vector in (32, 64)] == [with_avx2, with_avx512]
+    text = c.emit(candidate.group, "norm", "a layer norm")
+    assert (f"af_items_together({columns}, " in text) == (with_avx512 > 1) == ("item++" not in text)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_kernels_take_as_many_together_as_is_predicted(level: int, tmp_path: Path) -> None:
+    call = "int together(int turns) { return (int)af_items_together(turns, 32, 8); }"
+    compile_library(f'#include "kernel.h"\n{call}', tmp_path, "together", level)
+    together = ctypes.CDLL(str(tmp_path / "together.so")).together
+    for turns in range(1000):
+        assert together(turns) == items_together(turns, {4: 64, 3: 32}.get(level, 16))
 
 
 def test_nothing_that_waits_is_one_phase(tmp_path: Path) -> None:

@@ -52,6 +52,16 @@ typedef struct af_op {
 #define AF_OP_OF_LEVEL(name, level) AF_OP_NAMED(name, level)
 #define AF_OP_NAMED(name, level) name##_v##level
 
+/* Floats in a vector of the level. */
+#define AF_FLOATS (AF_LEVEL == 4 ? 16 : AF_LEVEL == 3 ? 8 : 4)
+
+/* How many work items go through a phase of a kernel together, so that they fill so many vectors: from 1 to
+ * `most`.  `turns` is what loops take for one of them. */
+static inline int64_t af_items_together(int64_t turns, int64_t vectors, int64_t most) {
+  const int64_t fit = turns < 1 ? most : vectors * AF_FLOATS / turns;
+  return fit < 1 ? 1 : fit < most ? fit : most;
+}
+
 /* A custom op: ops that do not need each other, whose kernels share their launches (parallelism stitching), or
  * one alone.  Its outputs are those of the ops one after the other; inputs may serve several. */
 typedef struct af_node {
