@@ -645,15 +645,20 @@ def normalisations(dtype: str) -> Table:
         "b2": weight(6, 11),
         "c": weight(6),
         "d": weight(6),
+        "ones": np.ones(6, dtype),
+        "ones11": np.ones(11, dtype),
+        "zeros": np.zeros(6, dtype),
     }
     constants |= {"v": np.abs(weight(6)) + np.array(0.5, dtype), "w3": weight(1, 11), "w1": weight(1)}
     cases = [
         Case("LayerNormalization", "x w b"), Case("LayerNormalization", "x w"),
         Case("LayerNormalization", "x w2 b2", {"axis": 1}), Case("LayerNormalization", "x w2 b2", {"axis": -2, "epsilon": 0.1}),
+        Case("LayerNormalization", "x ones11"), Case("LayerNormalization", "x ones11 b"),
         Case("LayerNormalization", "x w1 b"), Case("LayerNormalization", "flat w b", {"axis": 1}),
         Case("RMSNormalization", "x w"), Case("RMSNormalization", "x w2", {"axis": 1, "epsilon": 0.01}),
         Case("SimplifiedLayerNormalization", "x w", {"axis": -1, "epsilon": 1e-5}),
         Case("InstanceNormalization", "x c d"), Case("InstanceNormalization", "image c d", {"epsilon": 0.01}),
+        Case("InstanceNormalization", "x ones zeros"), Case("InstanceNormalization", "image zeros ones"),
         Case("BatchNormalization", "x c d c v"), Case("BatchNormalization", "image c d d v", {"epsilon": 0.1}),
         Case("BatchNormalization", "pair c d d v"),
         Case("MeanVarianceNormalization", "image"),

@@ -184,6 +184,11 @@ class Opener:
         array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = constant.numpy()
         return array
 
+    def holds_nothing_but(self, number: float, place: int) -> bool:
+        """Whether the operand is known when compiling, and each of its elements is this number."""
+        constant = self._input(place).const_value
+        return constant is not None and bool((constant.numpy() == number).all())
+
     def integers(self, place: int, attribute: str) -> tuple[int, ...] | None:
         """A list of integers given as an operand in newer opsets and as an attribute in older ones."""
         if self.has(place):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from apollo_fuse.dtypes import DType
 from apollo_fuse.expressions import Op
+from apollo_fuse.graph import Shape
 from apollo_fuse.index import ONE
 from apollo_fuse.operators.opener import Opener, Tensor, Unsupported, floating
 from apollo_fuse.operators.registry import DESCRIPTIONS, operator
@@ -157,14 +158,28 @@ def normalise(x: Tensor, axes: tuple[int, ...], epsilon: float) -> tuple[Tensor,
     return centred / deviation, mean, deviation
 
 
+def scaled(o: Opener, normalised: Tensor, place: int, shape: Shape | None = None) -> Tensor:
+    """Times the operand at `place`, plus the one behind it, if any; each of the shape, where that is given.
+
+    Exporters scale by ones and add zeros where a network does neither, and in a norm of groups, behind which
+    channels are scaled. These are left out.
+    """
+    if not o.holds_nothing_but(1.0, place):
+        scale = o.tensor(place)
+        normalised = normalised * (scale if shape is None else scale.reshape(shape))
+    if o.has(place + 1) and not o.holds_nothing_but(0.0, place + 1):
+        bias = o.tensor(place + 1)
+        normalised = normalised + (bias if shape is None else bias.reshape(shape))
+    return normalised
+
+
 @operator("LayerNormalization")
 def layer_normalization(o: Opener) -> tuple[Tensor, ...]:
     """With the mean and the inverse of the deviation as further results."""
     x = o.tensor(0)
     axes = tuple(range(o.axis(o.integer("axis", -1), len(x.shape)), len(x.shape)))
     result, mean, deviation = normalise(widened(x), axes, o.number("epsilon", 1e-5))
-    result = result.cast(x.dtype) * o.tensor(1)
-    return result + o.tensor(2) if o.has(2) else result, mean, 1.0 / deviation
+    return scaled(o, result.cast(x.dtype), 1), mean, 1.0 / deviation
 
 
 @operator("SkipLayerNormalization", domain="com.microsoft")
@@ -174,8 +189,7 @@ def skip_layer_normalization(o: Opener) -> tuple[Tensor, ...]:
     total = total + o.tensor(4) if o.has(4) else total
     axes = (len(total.shape) - 1,)
     result, mean, deviation = normalise(widened(total), axes, o.number("epsilon", 1e-12))
-    result = result.cast(total.dtype) * o.tensor(2)
-    return result + o.tensor(3) if o.has(3) else result, mean, 1.0 / deviation, total
+    return scaled(o, result.cast(total.dtype), 2), mean, 1.0 / deviation, total
 
 
 @operator("RMSNormalization")
@@ -185,7 +199,7 @@ def rms_normalization(o: Opener) -> tuple[Tensor, ...]:
     x = o.tensor(0)
     axes = tuple(range(o.axis(o.integer("axis", -1), len(x.shape)), len(x.shape)))
     result, scale = divided_by_root_mean_square(x, axes, o.number("epsilon", 1e-5))
-    return result * o.tensor(1), 1.0 / scale
+    return scaled(o, result, 1), 1.0 / scale
 
 
 @operator("SkipSimplifiedLayerNormalization", domain="com.microsoft")
@@ -227,4 +241,4 @@ def instance_normalization(o: Opener) -> Tensor:
     x = o.tensor(0)
     channels = (x.shape[1], *[ONE for _ in x.shape[2:]])
     normalised, _, _ = normalise(x, tuple(range(2, len(x.shape))), o.number("epsilon", 1e-5))
-    return normalised * o.tensor(1).reshape(channels) + o.tensor(2).reshape(channels)
+    return scaled(o, normalised, 1, channels)
