@@ -33,6 +33,7 @@ from apollo_fuse.kernel import (
     Target,
     buffers_of,
     lane_loops_of,
+    read_by,
     strides,
     walk,
     work,
@@ -88,6 +89,7 @@ class _Writer:
     hoisted: dict[Load, str] = field(default_factory=dict)  # reads that a variable outside of the loop holds
     turned: dict[Target, str] = field(default_factory=dict)  # accesses that tiles serve, and where there
     unordered: dict[str, str] = field(default_factory=dict)  # maxima and minima: whether a NaN was met
+    far: str | None = None  # in a loop that holds for near angles alone: whether another was met
 
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)
@@ -128,7 +130,8 @@ class _Writer:
         invariant = self.invariant(loop) if loop.kind is LoopKind.LANE else []
         extremes = self.extremes(loop) if loop.kind is LoopKind.LANE else {}
         tiles = transposed(self.kernel, loop)
-        scoped = loop.limit is not None or bool(invariant) or bool(extremes) or tiles is not None
+        near = _has_near_form(loop)
+        scoped = near or loop.limit is not None or bool(invariant) or bool(extremes) or tiles is not None
         if scoped:
             self.line("{")
             self.depth += 1
@@ -145,15 +148,18 @@ class _Writer:
             self.line(f"{kind} {self.unordered[accumulator]} = 0;")
         if tiles is not None:
             end = self.turn(tiles, name, end)
-        if loop.kind is LoopKind.LANE:
-            self.line("#pragma omp simd" + "".join(self.clauses(loop)))
-        elif _reads_for_lanes(loop):
-            self.line("#pragma GCC unroll 1")
-        self.line(f"for (int64_t {name} = 0; {name} < {end}; {name}++) {{")
-        self.depth += 1
-        self.steps(loop.body)
-        self.depth -= 1
-        self.line("}")
+        if near:
+            self.far = f"{name}_far"
+            self.line(f"int32_t {self.far} = 0;")
+            self.turns(loop, end)
+            self.line(f"if ({self.far}) {{")
+            self.far = None
+            self.depth += 1
+            self.turns(loop, end)
+            self.depth -= 1
+            self.line("}")
+        else:
+            self.turns(loop, end)
         if tiles is not None:
             self.turn_back(tiles)
         for accumulator in extremes:
@@ -163,6 +169,20 @@ class _Writer:
         if scoped:
             self.depth -= 1
             self.line("}")
+
+    def turns(self, loop: Loop, end: str) -> None:
+        """The loop itself."""
+        if loop.kind is LoopKind.LANE:
+            far = "" if self.far is None else f" reduction(| : {self.far})"
+            self.line("#pragma omp simd" + "".join(self.clauses(loop)) + far)
+        elif _reads_for_lanes(loop):
+            self.line("#pragma GCC unroll 1")
+        name = loop.iterator.name
+        self.line(f"for (int64_t {name} = 0; {name} < {end}; {name}++) {{")
+        self.depth += 1
+        self.steps(loop.body)
+        self.depth -= 1
+        self.line("}")
 
     def turn(self, tiles: Transposed, rows: str, end: str) -> str:
         """Declares the tiles and fills those that are read; gives the name of how many rows there are."""
@@ -283,6 +303,9 @@ class _Writer:
                 return self.read(Target(tensor, indices[0]))
             case Apply(Op.MAX | Op.MIN, (_, b), dtype) if dtype.is_float and _is_number(block, b):
                 return _among_numbers(item, texts)  # a NaN in the operand passes through
+            case Apply(op, (angle,), dtype) if self.far is not None and _has_near(item):
+                self.line(f"{self.far} |= af_is_far({texts[angle]});")
+                return f"af_near_{op.value}f({texts[angle]})"
             case Apply(op, operands, dtype):
                 sources = tuple(block.instructions[o].dtype for o in operands)
                 return c.apply(op, tuple(texts[o] for o in operands), sources, dtype)
@@ -316,6 +339,29 @@ def _any_nan(values: list[str]) -> str:
     """Whether one of them is no number, asked of two at a time."""
     pairs = zip(values[::2], [*values[1::2], values[-1]], strict=False)
     return f"({' | '.join(f'__builtin_isunordered({a}, {b})' for a, b in pairs)})"
+
+
+def _has_near_form(loop: Loop) -> bool:
+    """Whether lanes compute sines of floats, and can do so once more where an angle turns out to be far.
+
+    Nothing may change what they read, then. vmath.h says what is far.
+    """
+    if loop.kind is not LoopKind.LANE:
+        return False
+    computes = [step for step in walk(loop.body) if isinstance(step, Compute)]
+    if any(step.combine is not None for step in computes):
+        return False
+    made: set[str] = set()
+    for step in computes:
+        if read_by((step,)) & written_by(loop.body) - made:
+            return False
+        made |= written_by((step,))
+    return any(_has_near(item) for step in computes for item in step.block.instructions)
+
+
+def _has_near(item: Instruction) -> bool:
+    is_sine = isinstance(item, Apply) and item.op in (Op.SIN, Op.COS)
+    return is_sine and item.dtype.compute is DType.FLOAT32
 
 
 def _reads_for_lanes(loop: Loop) -> bool:

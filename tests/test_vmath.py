@@ -41,15 +41,18 @@ UNARY: dict[str, tuple[Callable[[Array], Array], float]] = {
     "softplusf": (softplus, 1.7),
     "sinf": (np.sin, 1.6),
     "cosf": (np.cos, 1.6),
+    "near_sinf": (np.sin, 1.6),
+    "near_cosf": (np.cos, 1.6),
     "rintf": (np.rint, 0.0),
     "floorf": (np.floor, 0.0),
     "ceilf": (np.ceil, 0.0),
 }
-CONVERSIONS = {
+TO_AND_FROM_OTHERS = {
     "half_to_float": ("uint16_t", "float"),
     "float_to_half": ("float", "uint16_t"),
     "bfloat16_to_float": ("uint16_t", "float"),
     "float_to_bfloat16": ("float", "uint16_t"),
+    "is_far": ("float", "int32_t"),
 }
 LOOP = (
     "void loop_{name}(const {source} *restrict x, {target} *restrict y, long n) {{\n"
@@ -59,7 +62,8 @@ SOURCE = (
     '#include "vmath.h"\n'
     + "".join(LOOP.format(name=name, source="float", target="float") for name in UNARY)
     + "".join(
-        LOOP.format(name=name, source=source, target=target) for name, (source, target) in CONVERSIONS.items()
+        LOOP.format(name=name, source=source, target=target)
+        for name, (source, target) in TO_AND_FROM_OTHERS.items()
     )
     + "void loop_powf(const float *restrict x, const float *restrict y, float *restrict z, long n) {\n"
     '_Pragma("omp simd") for (long i = 0; i < n; i++) z[i] = af_powf(x[i], y[i]);\n}\n'
@@ -111,6 +115,12 @@ def samples() -> Array:
     return np.concatenate([spread, dense, edges()])
 
 
+def halves_of_turns() -> list[Array]:
+    """Multiples of pi/2, where most of an angle is taken off, and their neighbours."""
+    whole = (np.arange(1, 2**18, dtype=np.float64) * (np.pi / 2)).astype(np.float32)
+    return [whole, *(np.nextafter(whole, np.float32(limit)) for limit in (0, math.inf))]
+
+
 def assert_close(actual: Array, exact: Array, inputs: list[Array], ulp: float) -> None:
     """NaN, inf and the sign of zero alike, and the rest within `ulp` units in the last place of `exact`."""
     with np.errstate(all="ignore"):
@@ -135,6 +145,9 @@ def test_a_function_is_accurate(loops: ctypes.CDLL, name: str) -> None:
     x = samples()
     if name == "exp_nonpositivef":
         x = x[~(x > 0)]
+    if name.startswith("near_"):
+        x = np.concatenate([x, *halves_of_turns()])
+        x = x[np.abs(x) < 2**18]
     with np.errstate(all="ignore"):
         exact = reference(x.astype(np.float64))
     assert_close(call(loops, name, [x], np.float32), exact, [x], ulp)
@@ -151,6 +164,16 @@ def test_the_power_is_accurate(loops: ctypes.CDLL) -> None:
     with np.errstate(all="ignore"):
         exact = np.power(x.astype(np.float64), y.astype(np.float64))
     assert_close(call(loops, "powf", [x.copy(), y.copy()], np.float32), exact, [x, y], 0.51)
+
+
+def test_only_angles_that_the_near_form_holds_for_are_near(loops: ctypes.CDLL) -> None:
+    x = samples()
+    far = call(loops, "is_far", [x], np.int32)
+    with np.errstate(all="ignore"):
+        exact = np.sin(x.astype(np.float64))
+    near = x[far == 0]
+    assert_close(call(loops, "near_sinf", [near], np.float32), exact[far == 0], [near], 1.6)
+    assert near.size > x.size / 3
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("half", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
