@@ -64,7 +64,7 @@ def fuse(
     began = perf_counter()
     report = driver.fuse(path, target, chosen, told)
     done = perf_counter()
-    if key is not None and report.kernels:
+    if key is not None and (report.kernels or report.without_kernels):
         remember(chosen.cache_dir, key, report)
     spent = report.compile_seconds
     end = perf_counter()

@@ -196,11 +196,13 @@ def test_a_branch_has_its_own_scales(cache: Path, tmp_path: Path) -> None:
 
 def scaled_net(blocks: int = 6) -> onnx.ModelProto:
     """Convolutions over channels, which kernels are not made for, with learnt scales between them."""
-    channels, random = 32, np.random.default_rng(1)
+    channels, random = 24, np.random.default_rng(1)
     shape = (channels, channels, 1, 1)
     weights = {f"k{n}": random.standard_normal(shape).astype(np.float32) / 6 for n in range(blocks)}
     layers = "".join(
-        f"c{n} = Conv(x{n}, k{n}) m{n} = Mul(c{n}, half) x{n + 1} = Add(m{n}, two) " for n in range(blocks)
+        f"c{n} = Conv(x{n}, k{n}) l{n} = Mul(c{n}, half) m{n} = Add(l{n}, two) "
+        f"o{n} = Mul(m{n}, half) x{n + 1} = Add(o{n}, two) "
+        for n in range(blocks)
     )
     end = f"y = GlobalAveragePool(x{blocks})"
     text = f"g (float[1, {channels}, 112, 112] x0) => (float[] y) {{ {layers} {end} }}"
