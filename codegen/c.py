@@ -33,7 +33,6 @@ from apollo_fuse.kernel import (
     Target,
     buffers_of,
     lane_loops_of,
-    read_by,
     strides,
     walk,
     work,
@@ -42,7 +41,7 @@ from apollo_fuse.kernel import (
 from apollo_fuse.passes.hoist_lanes import hoist_lanes
 from apollo_fuse.passes.jam_rows import jam_rows
 from apollo_fuse.passes.near_rows import near_rows
-from apollo_fuse.passes.overlap_tails import overlap_tails
+from apollo_fuse.passes.overlap_tails import overlap_tails, overwrites
 from apollo_fuse.passes.part_streams import part_streams
 from apollo_fuse.passes.phases import VECTORS, Phase, items_together, phases, through_a_phase
 from apollo_fuse.passes.split_borders import split_borders
@@ -130,7 +129,7 @@ class _Writer:
         invariant = self.invariant(loop) if loop.kind is LoopKind.LANE else []
         extremes = self.extremes(loop) if loop.kind is LoopKind.LANE else {}
         tiles = transposed(self.kernel, loop)
-        near = _has_near_form(loop)
+        near = _has_near_form(self.kernel, loop)
         scoped = near or loop.limit is not None or bool(invariant) or bool(extremes) or tiles is not None
         if scoped:
             self.line("{")
@@ -341,22 +340,16 @@ def _any_nan(values: list[str]) -> str:
     return f"({' | '.join(f'__builtin_isunordered({a}, {b})' for a, b in pairs)})"
 
 
-def _has_near_form(loop: Loop) -> bool:
+def _has_near_form(kernel: Kernel, loop: Loop) -> bool:
     """Whether lanes compute sines of floats, and can do so once more where an angle turns out to be far.
 
-    Nothing may change what they read, then. vmath.h says what is far.
+    vmath.h says what is far.
     """
-    if loop.kind is not LoopKind.LANE:
+    if loop.kind is not LoopKind.LANE or overwrites(kernel, loop.body, loop.body):
         return False
     computes = [step for step in walk(loop.body) if isinstance(step, Compute)]
-    if any(step.combine is not None for step in computes):
-        return False
-    made: set[str] = set()
-    for step in computes:
-        if read_by((step,)) & written_by(loop.body) - made:
-            return False
-        made |= written_by((step,))
-    return any(_has_near(item) for step in computes for item in step.block.instructions)
+    has_near = any(_has_near(item) for step in computes for item in step.block.instructions)
+    return has_near and all(step.combine is None for step in computes)
 
 
 def _has_near(item: Instruction) -> bool:

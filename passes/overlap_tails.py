@@ -123,8 +123,12 @@ def may_repeat(kernel: Kernel, loop: Loop) -> bool:
     computes = [step for step in loop.body if isinstance(step, Compute)]
     if len(computes) < len(loop.body) or not all(_side_by_side(step, loop.iterator) for step in computes):
         return False
-    plain = tuple(step for step in computes if step.combine is None)
-    return _memory(kernel, written_by(plain)).isdisjoint(_memory(kernel, read_by(loop.body)))
+    return not overwrites(kernel, tuple(step for step in computes if step.combine is None), loop.body)
+
+
+def overwrites(kernel: Kernel, writers: tuple[Step, ...], readers: tuple[Step, ...]) -> bool:
+    """Whether these write to memory that those read, by whatever name."""
+    return not _memory(kernel, written_by(writers)).isdisjoint(_memory(kernel, read_by(readers)))
 
 
 def _side_by_side(step: Compute, lane: Iterator) -> bool:

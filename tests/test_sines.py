@@ -51,6 +51,22 @@ def test_a_function_of_an_angle_beside_another_function(tmp_path: Path, cache: P
         np.testing.assert_allclose(mean, exact.mean(axis=-1), rtol=1e-5, atol=1e-5)
 
 
+def test_far_angles_in_the_memory_of_the_result(tmp_path: Path, cache: Path) -> None:
+    """Rows of open length are kept where the result is written over them, and cannot be read again then."""
+    text = "g (float[N, M] x, float[N, M] z) => (float[N, M] y) { a = Softmax(x) d = Add(a, z) y = Sin(d) }"
+    model = text_model(text)
+    (candidate,) = planned(model, tmp_path).candidates
+    assert any(buffer.host == "out0" for kernel in candidate.group.kernels for buffer in kernel.buffers)
+    fused = fuse_to_session(model, tmp_path, cache, shapes={"x": (9, 64), "z": (9, 64)})
+    x, z = normal(5, 64), normal(5, 64)
+    z[2, 7] = np.inf
+    powers = np.exp(x.astype(np.float64))
+    with np.errstate(all="ignore"):
+        exact = np.sin(powers / powers.sum(axis=-1, keepdims=True) + z)
+    (found,) = fused.fused.run(None, {"x": x, "z": z})
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_half_types_are_as_near(tmp_path: Path) -> None:
     text = "g (float16[N, 64] x) => (float16[N, 64] y) { e = Exp(x) y = Sin(e) }"
     assert "af_near_sinf(" in emitted(text, tmp_path)
