@@ -102,7 +102,7 @@ class _Counting:
         )
         cheap = self.numbers.number(operations(self.kernel.body))
         last = max((place for place, s in enumerate(self.stretches) if s.is_loop), default=0)
-        waits = not self._is_in_phases()
+        waits = any(s.chains for s in self.stretches) and not self._is_in_phases()
         stretches = (
             replace(s, is_awaited=waits and bool(s.chains) and place < last)
             for place, s in enumerate(self.stretches)

@@ -150,15 +150,15 @@ class _Writer:
         if near:
             self.far = f"{name}_far"
             self.line(f"int32_t {self.far} = 0;")
-            self.turns(loop, end)
+            self.iterate(loop, end)
             self.line(f"if ({self.far}) {{")
             self.far = None
             self.depth += 1
-            self.turns(loop, end)
+            self.iterate(loop, end)
             self.depth -= 1
             self.line("}")
         else:
-            self.turns(loop, end)
+            self.iterate(loop, end)
         if tiles is not None:
             self.turn_back(tiles)
         for accumulator in extremes:
@@ -169,11 +169,10 @@ class _Writer:
             self.depth -= 1
             self.line("}")
 
-    def turns(self, loop: Loop, end: str) -> None:
-        """The loop itself."""
+    def iterate(self, loop: Loop, end: str) -> None:
+        """The loop itself, without what stands around it."""
         if loop.kind is LoopKind.LANE:
-            far = "" if self.far is None else f" reduction(| : {self.far})"
-            self.line("#pragma omp simd" + "".join(self.clauses(loop)) + far)
+            self.line("#pragma omp simd" + "".join(self.clauses(loop)))
         elif _reads_for_lanes(loop):
             self.line("#pragma GCC unroll 1")
         name = loop.iterator.name
@@ -228,8 +227,8 @@ class _Writer:
         }
 
     def clauses(self, loop: Loop) -> list[str]:
-        """A reduction clause for each accumulator that the lanes share."""
-        found: dict[str, None] = {}
+        """A reduction clause for each accumulator that the lanes share, and for what they note."""
+        found: dict[str, None] = {} if self.far is None else {f" reduction(| : {self.far})": None}
         for step in walk(loop.body):
             if isinstance(step, Compute) and step.combine is not None:
                 (target,) = step.targets

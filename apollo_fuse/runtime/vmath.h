@@ -19,9 +19,11 @@
 
 /* A fused multiply-add where that is one instruction; kernels are compiled with -ffp-contract=off. */
 #if defined(__FMA__) || defined(__aarch64__)
+#define AF_IS_FUSED 1
 #define AF_FMAF(a, b, c) __builtin_fmaf(a, b, c)
 #define AF_FMA(a, b, c) __builtin_fma(a, b, c)
 #else
+#define AF_IS_FUSED 0
 #define AF_FMAF(a, b, c) ((a) * (b) + (c))
 #define AF_FMA(a, b, c) ((a) * (b) + (c))
 #endif
@@ -338,19 +340,19 @@ AF_INLINE float af_sine_at(af_angle at, uint32_t quadrants, uint32_t sign) {
 
 AF_INLINE uint32_t af_sign_of(float x) { return af_bits_of_float(x) & 0x80000000u; }
 
-/* 1.58 ulp, however large x is.  Vectorised where the processor has gathers (x86-64-v3). */
-AF_INLINE float af_sinf(float x) {
-  const float y = af_sine_at(af_reduce_angle(x), 0, af_sign_of(x));
-  return __builtin_fabsf(x) < INFINITY ? y : NAN;
-}
-/* 1.59 ulp, likewise. */
-AF_INLINE float af_cosf(float x) {
-  const float y = af_sine_at(af_reduce_angle(x), 1, 0);
+/* sin(|x| + quadrants pi/2), with the sign bit given. */
+AF_INLINE float af_sine_of(float x, uint32_t quadrants, uint32_t sign) {
+  const float y = af_sine_at(af_reduce_angle(x), quadrants, sign);
   return __builtin_fabsf(x) < INFINITY ? y : NAN;
 }
 
+/* 1.58 ulp, however large x is.  Vectorised where the processor has gathers (x86-64-v3). */
+AF_INLINE float af_sinf(float x) { return af_sine_of(x, 0, af_sign_of(x)); }
+/* 1.59 ulp, likewise. */
+AF_INLINE float af_cosf(float x) { return af_sine_of(x, 1, 0); }
+
 /* The same at a quarter of the cost, 1.56 ulp, for angles that are not far; those that are may give anything. */
-#if defined(__FMA__) || defined(__aarch64__)
+#if AF_IS_FUSED
 AF_INLINE int32_t af_is_far(float x) { return !(__builtin_fabsf(x) < 0x1p18f); }
 
 /* Cody and Waite's reduction, with three parts of pi/2.  The first product is subtracted without rounding, and
